@@ -1,0 +1,169 @@
+# SFT-Play. `make` alone lists the targets. Works with GNU make 3.81 (macOS).
+# A step's real exit code stands on its last line: make itself always ends a failed recipe with 2.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# the steps depend on one another through folders, so `make -j` must not run them side by side
+.NOTPARALLEL:
+
+# The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
+# a quote, a backtick or a $ in them would be run as shell code.
+unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
+unexport PROMPT INPUT OUTPUT WHICH CLEAR
+export SFT_CONFIG = $(value CONFIG)
+export SFT_RUN = $(value RUN)
+export SFT_SET = $(value SET)
+export SFT_STYLE = $(value STYLE)
+export SFT_STYLE_MODE = $(value STYLE_MODE)
+export SFT_RAW = $(value RAW)
+export SFT_SPLIT = $(value SPLIT)
+export SFT_LIMIT = $(value LIMIT)
+export SFT_MODEL = $(value MODEL)
+export SFT_PORT = $(value PORT)
+export SFT_NPROC = $(value NPROC)
+export SFT_RESUME = $(value RESUME)
+export SFT_FORCE = $(value FORCE)
+export SFT_EXTRAS = $(value EXTRAS)
+export SFT_TORCH = $(value TORCH)
+export SFT_PYTHON = $(value PYTHON)
+export SFT_YES = $(value YES)
+export SFT_KEEP_TB = $(value KEEP_TB)
+export SFT_PROMPT = $(value PROMPT)
+export SFT_INPUT = $(value INPUT)
+export SFT_OUTPUT = $(value OUTPUT)
+export SFT_WHICH = $(value WHICH)
+export SFT_CLEAR = $(value CLEAR)
+# with it torch and transformers are compiled anew at every start
+unexport PYTHONDONTWRITEBYTECODE
+
+# the active environment, else .venv (conda's base is not taken: it belongs to all projects)
+ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+export SFT_ENV_PYTHON := $(or $(ACTIVE),.venv)/bin/python
+PY = "$$SFT_ENV_PYTHON"
+# for what must work before install too
+export SFT_ANY_PYTHON := $(or $(wildcard $(SFT_ENV_PYTHON)),python3)
+ANY_PY = "$$SFT_ANY_PYTHON"
+
+train-bnb train-bnb-tb: export SFT_BACKEND = bitsandbytes
+train-unsloth train-unsloth-tb: export SFT_BACKEND = unsloth
+# CONFIG wins where it is given
+train-bnb train-bnb-tb: export SFT_CONFIG = $(or $(value CONFIG),configs/run_bnb.yaml)
+train-unsloth train-unsloth-tb: export SFT_CONFIG = $(or $(value CONFIG),configs/run_unsloth.yaml)
+
+.PHONY: help
+help: ## list the targets (make alone does too)
+	@awk 'BEGIN { FS = ":.*## " } \
+	    /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z][a-z -]*:.*## / { count = split($$1, names, " "); for (i = 1; i <= count; i++) printf "  %-17s %s\n", names[i], $$2 } \
+	    /^#: / { print "  " substr($$0, 4) }' $(firstword $(MAKEFILE_LIST))
+
+##@ Set up
+.PHONY: install ready setup-dirs quickstart sample-data download-model check
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,wandb,trackio TORCH=auto|cpu PYTHON=
+	@env/install.sh
+
+ready:
+	@env/install.sh --if-missing
+
+setup-dirs: ## make the folders that the steps read and write
+	@mkdir -p data/raw data/processed data/processed_with_style data/rendered outputs adapters
+
+quickstart: ## from nothing to a tuned model and its before/after table   YES=1
+	@workflows/quick_start.sh
+
+sample-data: ready ## write the sample task to data/sample
+	@$(PY) scripts/sample_data.py
+
+download-model: ready ## fetch the model, to work offline afterwards   MODEL= CONFIG=
+	@$(PY) scripts/download_model.py
+
+check: ## is this machine ready: Python, packages, GPU, disk, memory, config, data
+	@$(ANY_PY) scripts/check.py
+
+##@ Data
+.PHONY: process style render full-pipeline
+process: ready ## data/raw -> data/processed   RAW= CONFIG= FORCE=1
+	@$(PY) scripts/process.py
+
+style: process ## add a system message -> data/processed_with_style   STYLE= STYLE_MODE= CLEAR=1
+	@$(PY) scripts/style.py
+
+render: style ## chat template and loss spans -> data/rendered
+	@$(PY) scripts/render.py
+
+full-pipeline: train ## everything: process, style, render, train, eval
+	@$(PY) scripts/eval.py
+
+##@ Train
+.PHONY: train train-bnb train-unsloth train-bnb-tb train-unsloth-tb tensorboard tb-stop
+train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must
+	@$(PY) scripts/train.py
+
+train-bnb train-unsloth: train-%: render ## the same with this backend (configs/run_bnb.yaml or run_unsloth.yaml; CONFIG= wins)
+	@$(PY) scripts/train.py
+
+train-bnb-tb train-unsloth-tb: train-%-tb: render ## the same with TensorBoard beside it   PORT=6006 KEEP_TB=1
+	@$(PY) scripts/board.py with -- $(PY) scripts/train.py
+
+tensorboard: ready ## start TensorBoard on outputs/, on this machine only   PORT=6006
+	@$(PY) scripts/board.py start
+
+tb-stop: ## stop the TensorBoard that this project started, and no other
+	@$(ANY_PY) scripts/board.py stop
+
+##@ Use
+.PHONY: eval eval-quick eval-full infer infer-batch merge
+eval: ready ## base against tuned model -> outputs/<run>/eval   RUN= SPLIT= LIMIT=
+	@$(PY) scripts/eval.py
+
+eval-quick: ready ## the same on a few rows
+	@$(PY) scripts/eval.py --quick
+
+eval-full: ready ## the same on every row of the split
+	@$(PY) scripts/eval.py --full
+
+infer: ready ## chat with the tuned model, or answer one PROMPT=   RUN= WHICH=tuned|base|merged
+	@$(PY) scripts/infer.py $${SFT_PROMPT:+--prompt="$$SFT_PROMPT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}
+
+infer-batch: ready ## answer every line of INPUT= (JSONL or TXT) into OUTPUT=
+	@$(PY) scripts/infer.py --input="$$SFT_INPUT" $${SFT_OUTPUT:+--output="$$SFT_OUTPUT"} \
+	    $${SFT_LIMIT:+--limit="$$SFT_LIMIT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}
+
+merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by its logits
+	@$(PY) scripts/merge.py
+
+##@ Develop
+.PHONY: install-dev test test-fast lint format clean clean-all
+install-dev: export SFT_EXTRAS = dev $(value EXTRAS)
+install-dev:
+	@env/install.sh
+
+test: install-dev ## install what the tests need and run them all
+	@$(PY) -m pytest
+
+test-fast: install-dev ## the tests that take under 3 minutes together
+	@$(PY) -m pytest -m "not slow"
+
+lint: install-dev ## ruff, mypy, shellcheck
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && \
+	    "$${SFT_ENV_PYTHON%python}shellcheck" -x workflows/*.sh env/*.sh .ci/run
+
+format: install-dev ## let ruff mend what it can
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+clean: ## remove caches, derived data and unfinished runs; never data/raw, adapters or finished runs
+	@$(ANY_PY) scripts/clean.py
+
+clean-all: ## remove all that the steps made, finished runs and adapters too; asks first   YES=1
+	@$(ANY_PY) scripts/clean.py --all
+
+##@ Variables (a value may hold any character)
+#: CONFIG   run config (configs/run_bnb.yaml)          RUN      name of the run (<config>-<data>)
+#: SET      "section.key=value ..." over the config    MODEL    hub id, folder or embedded/smollm2-135m-instruct
+#: RAW      file or folder of rows (data/raw)          STYLE    system message; it stays until CLEAR=1
+#: STYLE_MODE  replace, prepend, append or only-if-missing
+#: SPLIT    train, val or test                         LIMIT    at most this many rows
+#: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
+#: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
+#: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing

@@ -1,0 +1,1 @@
+"""SFT-Play: one script a step of fine-tuning a language model."""

@@ -1,0 +1,180 @@
+"""Raw data in, one form of rows out: data/raw → data/processed/<name>/{train,val,test}.jsonl.
+
+Every row ends in exactly one place: a split, rejected.jsonl with its file, line and reason, or the count of
+duplicates. A row is {"id", "messages", "tools"?, "source": {"file", "line"}}; its id is the hash of its content.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if not __package__:  # run as a file: import from the repository root, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.utils import command, console, files, records, splits, stages
+from scripts.utils.config import data_name
+from scripts.utils.errors import RefusedError, UserError
+from scripts.utils.raw_files import find_files
+from scripts.utils.tally import REJECTED, Tally, refuse_bad_data, reject
+
+if TYPE_CHECKING:
+    from scripts.utils.schema import Config, DataSection
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command.new_parser(
+        "process",
+        "Read raw data (JSON, JSON lines, CSV, TSV) into train, val and test rows; what cannot be used is kept aside.",
+        ["make process", "make process RAW=data/raw/faq.csv", "python scripts/process.py --raw data/sample --force"],
+        keys=["raw"],
+    )
+    command.add_force(parser)
+    return parser
+
+
+def work(arguments: argparse.Namespace, config: "Config") -> int | None:
+    data = config.data
+    paths, warnings = find_files(data.raw)
+    for text in warnings:
+        console.warn(text)
+    where = stages.folder("process", data_name(config))
+    old = None
+    with contextlib.suppress(RefusedError):  # a damaged manifest counts as none: the folder is made anew
+        old = stages.read_manifest(where)
+    inputs = stages.fingerprint(paths, old["inputs"] if old else None)
+    settings = {
+        "format": data.format,
+        "val_fraction": data.val_fraction,
+        "test_fraction": data.test_fraction,
+        "split_seed": data.split_seed,
+        "max_rejected": data.max_rejected,
+        "version": 1,  # raise it when the same raw rows come out differently
+        "order": [str(path) for path in paths],
+    }
+    if old and not arguments.force and stages.up_to_date(where, stages.identity(inputs, settings)):
+        console.result(f"process: up to date ({old['rows_out']:,} rows in {where}; FORCE=1 runs it again)")
+        return 0
+    with files.replaced_folder(where) as new:
+        given = splits.given_splits(paths)
+        tally = read_all(paths, given, data, new)
+        tally.check()
+        refuse_bad_data(tally, data.max_rejected)
+        fill_train(tally, given, new)
+        manifest = stages.write_manifest(
+            new,
+            "process",
+            inputs,
+            settings,
+            rows_in=tally.rows.total(),
+            rows_out=tally.kept.total(),
+            rejected=tally.rejected.total(),
+            duplicates=tally.duplicates.total(),
+            splits={split: tally.splits[split] for split in stages.SPLITS},
+            shapes=tally.shapes,
+        )
+    report(tally, manifest, where)
+    return 0
+
+
+def read_all(paths: Sequence[Path], given: dict[Path, str], data: "DataSection", new: Path) -> Tally:
+    """Write every row of every file to its split, or to the rejected rows, in ``new``."""
+    tally = Tally()
+    seen: set[bytes] = set()
+    questions: dict[bytes, str] = {}  # only where files say their split; else the hash alone keeps questions together
+    free = [split for split in stages.SPLITS if split not in given.values()]
+    val, test = data.val_fraction * ("val" in free), data.test_fraction * ("test" in free)
+    with open_outputs(new) as outputs:
+        for path in splits.reading_order(paths, given):
+            for record in records_of(path, data.format, tally):
+                name = str(path)
+                tally.rows[name] += 1
+                if record.content is None:
+                    reject(record, outputs[REJECTED], tally)
+                    continue
+                digest = hashlib.sha256(record.encoded).digest()[:12]
+                if digest in seen:
+                    tally.duplicates[name] += 1
+                    continue
+                seen.add(digest)
+                question = splits.question_hash(record.content, data.split_seed)
+                split = given.get(path) or questions.get(question) or splits.split_of(question, val, test)
+                if given:
+                    tally.straddling += questions.setdefault(question, split) != split
+                row = {"id": digest.hex(), **record.content, "source": {"file": name, "line": record.raw.line}}
+                outputs[split].write(files.json_line(row))
+                tally.kept[name] += 1
+                tally.splits[split] += 1
+    return tally
+
+
+@contextlib.contextmanager
+def open_outputs(new: Path) -> Iterator[dict[str, IO[bytes]]]:
+    with contextlib.ExitStack() as stack:
+        names = {split: f"{split}.jsonl" for split in stages.SPLITS} | {REJECTED: REJECTED}
+        yield {key: stack.enter_context((new / name).open("wb")) for key, name in names.items()}
+
+
+def records_of(path: Path, wanted: str, tally: Tally) -> Iterator[records.Record]:
+    """The records of one file, with progress; says what shape the file was taken for, and what was left out."""
+    found = records.open_file(path, wanted)
+    tally.shapes[str(path)] = found.shape.kind if found.shape else "none"
+    if found.shape:
+        console.note("process", f"{path}: read as {found.shape.kind} ({found.shape.why})")
+    progress = console.Progress("process", "rows")
+    for record in found.records:
+        progress.advance()
+        yield record
+    progress.close()
+    if found.left_out:
+        names = ", ".join(f"{name} ({count:,} rows)" for name, count in found.left_out.items())
+        console.warn(f"{path}: columns left out: {names}")
+
+
+def fill_train(tally: Tally, given: dict[Path, str], new: Path) -> None:
+    """With few rows the hash may leave train empty: then the largest other split becomes train."""
+    if tally.splits["train"]:
+        return
+    movable = [split for split in ("val", "test") if split not in given.values() and tally.splits[split]]
+    if not movable:
+        raise UserError("no row is left to train on: every one also stands in the val or test file", "add other rows")
+    largest = max(movable, key=lambda split: tally.splits[split])
+    (new / f"{largest}.jsonl").replace(new / "train.jsonl")
+    (new / f"{largest}.jsonl").touch()
+    tally.splits["train"], tally.splits[largest] = tally.splits[largest], 0
+    console.warn(f"the split by hash left no train rows; the {tally.splits['train']} rows of {largest} are train now")
+
+
+def report(tally: Tally, manifest: dict[str, Any], where: Path) -> None:
+    header = ("file", "shape", "rows in", "= out", "+ rejected", "+ duplicates")
+    counters = (tally.rows, tally.kept, tally.rejected, tally.duplicates)
+    table = [(name, shape, *(f"{c[name]:,}" for c in counters)) for name, shape in tally.shapes.items()]
+    if len(table) > 1:
+        table.append(("all files", "", *(f"{counter.total():,}" for counter in counters)))
+    console.table("process", header, table, left=2)
+    if tally.straddling:
+        console.warn(f"{tally.straddling:,} rows share their question with another of the given splits; kept as given")
+    if not manifest["splits"]["val"]:
+        console.warn("no val rows: no evaluation during training, no best checkpoint, no early stopping")
+    if not manifest["splits"]["test"]:
+        console.warn("no test rows: eval has nothing to measure on; SPLIT=train or SPLIT=val measures on another split")
+    pairs: list[tuple[str, object]] = [
+        ("splits", "  ".join(f"{split} {count:,}" for split, count in manifest["splits"].items())),
+        ("rows lie in", where),
+    ]
+    if tally.rejected.total():
+        reason, count = tally.reasons.most_common(1)[0]
+        pairs.append(("rejected", f"{where / REJECTED} (mostly: {reason}, {count:,} ×)"))
+    pairs.append(("next", 'make style STYLE="…" for a system message, or make render (same CONFIG and RAW)'))
+    console.facts("done", pairs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(build_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""Write the sample task: a customer's message goes in, one JSON object with five fixed keys comes out.
+
+Everything in a row is put together from the lists below, so the rows are ours and free to use. Wordings and items
+belong to one split only: a model that scores on test has met neither the sentence nor the product before.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+if not __package__:  # run as a file: import from the repository root, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.utils import command
+from scripts.utils.errors import RefusedError
+from scripts.utils.files import REPO_ROOT, disk_errors, json_line, write_jsonl
+
+SEED = 20240607
+ROWS = {"train": 460, "val": 50, "test": 100}
+SYSTEM = "Extract intent, item, quantity, order and urgent as JSON."
+
+# lists are written as text, " | " between entries; {item} becomes "the kettle" or "3 kettles"; {it}, {is} and {has} agree with it
+WORDINGS = {
+    "train": {
+        "refund": "I want my money back for {item} | please refund {item} | can I return {item} and get a refund? | "
+        "{item} {is} not what I hoped for, I'd like a refund | how do I get a refund for {item}? | "
+        "I sent {item} back and still wait for my money | you charged me twice for {item}, please pay it back | "
+        "I'd like to send {item} back for a full refund | give me back what I paid for {item}",
+        "exchange": "can I swap {item} for a bigger size? | I'd like to exchange {item} for another colour | "
+        "please change {item} for a smaller model | you sent {item} in the wrong colour, can we swap? | "
+        "{item} {is} too small, I need a larger size instead | I got {item} in blue but want green instead | "
+        "may I trade {item} for a different model? | wrong size! please exchange {item} | "
+        "could you replace {item} with the white version?",
+        "delivery": "where {is} {item}? | {item} still {has} not arrived | when will {item} arrive? | "
+        "I am still waiting for {item} | the tracking of {item} has not moved for 4 days | "
+        "did the courier lose {item}? | {item} should have come last week | any news on the delivery of {item}? | "
+        "my parcel with {item} is late",
+        "repair": "{item} stopped working | {item} broke after two weeks | {item} will not switch on any more | "
+        "can someone fix {item}? | I need a repair for {item} | {item} {has} a crack, can you mend {it}? | "
+        "there is a defect in {item} | {item} came damaged, please fix {it} | a part of {item} is broken",
+        "cancel": "please cancel {item} | I don't need {item} any more, please cancel | stop the order for {item} | "
+        "I ordered {item} by mistake, please cancel | take {item} off my order | "
+        "do not ship {item}, I changed my mind | can I still cancel {item}? | "
+        "I no longer want {item}, don't send {it} | forget my order of {item}",
+    },
+    "val": {
+        "refund": "{item} {is} a let-down, refund me please | could you pay back the price of {item}?",
+        "exchange": "I would prefer {item} in black, can we swap? | {item} {is} too wide, I want a slimmer model",
+        "delivery": "how long until {item} gets here? | I have not received {item} yet",
+        "repair": "{item} {is} faulty, who can repair {it}? | {item} suddenly died on me",
+        "cancel": "kindly cancel my order for {item} | please don't send {item}, I found {it} elsewhere",
+    },
+    "test": {
+        "refund": "I am not happy with {item} and expect a refund | kindly return the money I spent on {item} | "
+        "is it possible to get my money back on {item}?",
+        "exchange": "I would rather have {item} in red, can you exchange {it}? | "
+        "{item} {is} too big, may I swap {it} for a smaller size? | could I get another colour in place of {item}?",
+        "delivery": "{item} never turned up | when can I expect {item} at my door? | "
+        "it's been ten days and {item} {has} not been delivered",
+        "repair": "{item} quit working yesterday | {item} {is} making a strange noise, can you repair {it}? | "
+        "who can fix the broken switch of {item}?",
+        "cancel": "I would like to cancel my purchase of {item} | please stop {item} from being shipped | "
+        "remove {item} from my order, I don't want {it} any more",
+    },
+}
+ITEMS = {
+    "train": "kettle | desk lamp | toaster | headset | keyboard | blender | hair dryer | phone case | printer | "
+    "webcam | coffee grinder | fan | heater | monitor | camera | travel mug | drill | radio | alarm clock | "
+    "vacuum cleaner | mixer | bike light | speaker | tablet | router | charger | power bank | microphone | "
+    "rice cooker | sewing machine | projector | electric shaver | garden hose | air pump | step counter | "
+    "game console | steam iron | floor lamp | tent | backpack",
+    "val": "laptop stand | waffle maker | humidifier | scanner | kitchen scale | doorbell | bread slicer | ice bucket",
+    "test": "water filter | pepper mill | dehumidifier | milk frother | flashlight | car seat | hard drive | "
+    "juicer | lawn mower | wall clock | thermometer | baby monitor | drone | office chair | pressure cooker",
+}
+NAMES = {
+    "train": "Maria | Tom | Ana | Li | Omar | Ruth | Jan | Priya | Carlos | Emma | Noah | Yuki | Sven | Zoe | Ali | "
+    "Kate",
+    "val": "Ivan | Grace | Hugo | Mina",
+    "test": "Lena | Paul | Amir | Chloe | Diego | Aiko",
+}
+# in each of these, the last entries (how many: HELD_OUT) are kept for val and test
+OPENERS = "Hi | Hello | Hey | Good morning | Dear team | Hi there | Hi, {name} here | Good evening | Hello all"
+CLOSERS = "Thanks | Thank you | Best, {name} | Regards, {name} | Thanks a lot | Cheers, {name} | Many thanks"
+URGENT = (
+    "it is urgent | I need this today | please hurry | as soon as possible | asap | right now please | "
+    "this is really urgent | I need an answer today | this needs a quick fix today | please be quick"
+)
+CALM = "no rush | take your time | it is not urgent | whenever you have time | there is no hurry"
+ORDERS = "order {n} | my order is {n} | order number {n} | #{n} | ref {n} | order no. {n} | it's order {n}"
+HELD_OUT = 2
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+
+
+def pick(random: Random, options: Sequence[str]) -> str:
+    """One of ``options``. Of Random, only random() is promised to stay the same in every Python, so no choice()."""
+    return options[int(random.random() * len(options))]
+
+
+def shuffled(random: Random, options: Sequence[str]) -> list[str]:
+    return sorted(options, key=lambda _: random.random())
+
+
+def with_typo(random: Random, wording: str) -> str:
+    """Swap two neighbouring letters inside one word of five letters or more; {item} and its like stay whole."""
+    words = wording.split(" ")
+    at = int(random.random() * len(words))
+    if len(words[at]) < 5 or not words[at].isalpha():
+        return wording
+    cut = 1 + int(random.random() * (len(words[at]) - 3))
+    word = words[at]
+    words[at] = word[:cut] + word[cut + 1] + word[cut] + word[cut + 2 :]
+    return " ".join(words)
+
+
+def fill(random: Random, wording: str, item: str, quantity: int) -> str:
+    """Put ``quantity`` of ``item`` into the wording, with the grammar that the number asks for."""
+    if quantity == 1:
+        phrase, words = f"{pick(random, ('the', 'my', 'my', 'this'))} {item}", {"it": "it", "is": "is", "has": "has"}
+    else:
+        number = pick(random, (str(quantity), NUMBER_WORDS[quantity]))
+        phrase = f"{pick(random, ('', 'the ', 'my ', 'these '))}{number} {item}s"
+        words = {"it": "them", "is": "are", "has": "have"}
+    return wording.format(item=phrase, **words)
+
+
+def join_parts(random: Random, opener: str, middle: list[str], closer: str) -> str:
+    """Join the parts of a message the way a tidy writer does, or a hasty one: lower case, hardly a full stop."""
+    if random.random() < 0.3:
+        glue = pick(random, (", ", " - ", ". ", " "))
+        return glue.join(part.rstrip("?!") for part in (opener, *middle, closer) if part).lower()
+    ended = [part[0].upper() + part[1:] + ("" if part[-1] in "?!" else ".") for part in middle]
+    greeting = [opener + pick(random, ("!", "."))] if opener else []
+    return " ".join([*greeting, *ended, *([closer + pick(random, (".", "!"))] if closer else [])])
+
+
+def make_row(random: Random, split: str, intent: str, wording: str, item: str) -> dict[str, Any]:
+    """One row: the message of the customer and the JSON that should come back."""
+
+    def some(phrases: str) -> str:  # one of the phrases around the request that this split may use
+        options = phrases.split(" | ")
+        return pick(random, options[:-HELD_OUT] if split == "train" else options)
+
+    quantity = 1 if random.random() < 0.5 else 2 + int(random.random() * 5)
+    order = str(1000 + int(random.random() * 9000)) if random.random() < 0.75 else None
+    mood = random.random()  # 35 % urgent, 20 % say that they can wait, the rest say nothing
+    request = fill(random, with_typo(random, wording) if random.random() < 0.25 else wording, item, quantity)
+    extras = [some(ORDERS).format(n=order)] if order else []
+    if mood < 0.55:
+        extras.append(some(URGENT if mood < 0.35 else CALM))
+    middle = shuffled(random, [request, *extras]) if random.random() < 0.4 else [request, *extras]
+    name = pick(random, NAMES[split].split(" | "))
+    opener = some(OPENERS).format(name=name) if random.random() < 0.6 else ""
+    closer = some(CLOSERS).format(name=name) if random.random() < 0.4 else ""
+    answer = {"intent": intent, "item": item, "quantity": quantity, "order": order, "urgent": mood < 0.35}
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": join_parts(random, opener, middle, closer)},
+            {"role": "assistant", "content": json.dumps(answer)},
+        ]
+    }
+
+
+def make_split(split: str) -> list[dict[str, Any]]:
+    """The rows of one split, intents in turn; no two rows share both wording and item."""
+    random = Random(f"{SEED} {split}")
+    pairs = {
+        intent: shuffled(
+            random, [f"{wording} | {item}" for wording in wordings.split(" | ") for item in ITEMS[split].split(" | ")]
+        )
+        for intent, wordings in WORDINGS[split].items()
+    }
+    intents = list(pairs)
+    rows = []
+    for number in range(ROWS[split]):
+        intent = intents[number % len(intents)]
+        wording, item = pairs[intent].pop().split(" | ")
+        rows.append(make_row(random, split, intent, wording, item))
+    return sorted(rows, key=lambda _: random.random())
+
+
+def write_sample(folder: Path, *, force: bool = False) -> dict[str, int]:
+    """Write train, val and test into ``folder``; files there that differ are a ``RefusedError`` unless ``force``."""
+    splits = {split: make_split(split) for split in ROWS}
+    paths = {split: Path(folder) / f"{split}.jsonl" for split in splits}
+    with disk_errors(folder):
+        was = {split: path.read_bytes() if path.exists() else None for split, path in paths.items()}
+    changed = [split for split, rows in splits.items() if was[split] != b"".join(map(json_line, rows))]
+    edited = [split for split in changed if was[split] is not None]
+    if edited and not force:
+        raise RefusedError(
+            f"{paths[edited[0]].absolute()}: differs from what the generator makes, not overwritten",
+            "keep your edits in another folder, choose one with --out, or overwrite with --force",
+        )
+    for split in changed:
+        write_jsonl(paths[split], splits[split])
+    return {split: len(rows) for split, rows in splits.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sft-sample-data",
+        description="Write the sample task (messages of customers, to be turned into JSON). The same files every time.",
+        epilog="example: python scripts/sample_data.py --out /tmp/sample",
+    )
+    parser.add_argument("--out", type=Path, default=REPO_ROOT / "data" / "sample", help="default: data/sample")
+    parser.add_argument("--force", action="store_true", help="overwrite files that differ")
+    arguments = parser.parse_args(argv)
+    return command.guard(parser.prog, lambda: work(arguments.out, arguments.force))
+
+
+def work(folder: Path, force: bool) -> int:
+    counts = write_sample(folder, force=force)
+    print(f"sample-data: {', '.join(f'{count} {split}' for split, count in counts.items())} rows in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

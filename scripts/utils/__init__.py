@@ -1,0 +1,1 @@
+"""The parts that the steps share, in floors: each imports only from the floors above it."""

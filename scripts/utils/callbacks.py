@@ -1,0 +1,107 @@
+"""The rhythm of a run: when it logs, evaluates, saves and stops, and what it says meanwhile."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from scripts.utils import console
+from scripts.utils.errors import DivergedError
+
+if TYPE_CHECKING:
+    from scripts.utils.training import SFTTrainer
+
+
+class Rhythm(TrainerCallback):
+    """When to evaluate, save and stop; which checkpoint is best; what a signal does."""
+
+    def __init__(self, trainer_of: Callable[[], "SFTTrainer"]) -> None:
+        self.trainer_of = trainer_of
+        self.handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer_of()
+        seen = trainer.schedule.steps[: state.global_step]
+        trainer.run_state.tokens = sum(len(trainer.examples[i].ids) for step in seen for row in step for i in row)
+
+        def ask_to_stop(number: int, frame: object) -> None:
+            if trainer.run_state.stop_signal is not None:
+                raise KeyboardInterrupt  # the second time at once
+            trainer.run_state.stop_signal = number
+            console.note(
+                "train", "stopping after this step and saving; press Ctrl-C again to stop at once, without saving"
+            )
+
+        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer_of()
+        train, step = trainer.config.train, state.global_step
+        last = step >= len(trainer.schedule.steps)
+
+        def due(strategy: str, every: int) -> bool:
+            if strategy == "steps":
+                return step % every == 0 or last
+            return strategy == "epoch" and step in trainer.schedule.epoch_ends
+
+        control.should_log = step % train.logging_steps == 0 or step == 1 or last
+        control.should_evaluate = bool(trainer.val) and due(train.eval_strategy, train.eval_steps)
+        control.should_save = due(train.save_strategy, train.save_steps)
+        if trainer.run_state.stop_signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        trainer = self.trainer_of()
+        train = trainer.config.train
+        loss = metrics["eval_loss"]
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the validation loss became {loss} at step {state.global_step}", "lower train.learning_rate"
+            )
+        if state.best_metric is None or loss < state.best_metric:
+            state.best_metric = loss
+            state.best_global_step = state.global_step
+            if train.load_best_model_at_end and train.save_strategy != "no":
+                state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        if train.early_stopping_patience and since_best >= train.early_stopping_patience:
+            console.note("train", f"early stop: {since_best} evaluations without a lower validation loss")
+            control.should_training_stop = True
+
+
+class Report(TrainerCallback):
+    """One line an event: step, loss, rate, memory, time left."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start: tuple[float, int] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.start is None:
+            self.start = (time.monotonic(), state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        logs = logs or {}
+        step = state.global_step
+        if "loss" in logs and self.start:
+            done = max(step - self.start[1], 1)
+            left = (time.monotonic() - self.start[0]) / done * (self.total - step)
+            console.note(
+                "train",
+                f"step {step}/{self.total}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
+                f"{logs['tokens_per_second']:,.0f} tok/s  {logs['memory_gib']:.1f} GiB  {console.duration(left)} left",
+            )
+        elif "eval_loss" in logs:
+            console.note(
+                "train",
+                f"step {step}/{self.total}  val loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}",
+            )

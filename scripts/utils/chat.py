@@ -1,0 +1,253 @@
+"""Conversations as text: which chat template, what it makes of the messages, and where the loss belongs.
+
+The one renderer of the project: render, eval, infer and merge all come here, so a conversation is the same text
+on every way. Spans are found from the template itself, never by searching for marker strings: from its generation
+markers where it has them, else by rendering the conversation up to each assistant turn.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from scripts.utils.errors import UserError
+from scripts.utils.files import REPO_ROOT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+TEMPLATES = REPO_ROOT / "chat_templates"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template: its Jinja text, where it came from, and the sha256 of the text."""
+
+    text: str
+    source: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A whole conversation. Spans are [start, end) in characters of ``text``.
+
+    ``spans`` carry loss; ``text[:prompt_end]`` is the prompt of the last assistant turn, whose content is
+    ``reference``; ``prompt_spans`` are the assistant turns inside that prompt.
+    """
+
+    text: str
+    spans: list[Span]
+    prompt_end: int
+    prompt_spans: list[Span]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends where the model is to answer; ``spans`` are the earlier assistant turns."""
+
+    text: str
+    spans: list[Span]
+
+
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a local model or adapter folder; raises ``UserError`` when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no usable tokenizer ({error})", "give a complete model folder") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def choose_template(tokenizer: "PreTrainedTokenizerBase", setting: str) -> Template:
+    """The template for ``render.template``: 'auto', a name in chat_templates/, or the path of a Jinja file."""
+    if setting == "auto":
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default") or next(iter(own.values()))
+        if own:
+            return _template(own, "the model's own")
+        plain = TEMPLATES / "plain.jinja"
+        return _template(plain.read_text(encoding="utf-8"), "chat_templates/plain.jinja (the model has none)")
+    path = Path(setting)
+    named = TEMPLATES / f"{setting}.jinja"
+    if not path.suffix and named.is_file():
+        return _template(named.read_text(encoding="utf-8"), f"chat_templates/{setting}.jinja")
+    try:
+        return _template(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise UserError(
+            f"render.template {setting!r} is neither a template file ({path.absolute()}) nor one of: {names}",
+            "use auto for the model's own template",
+        ) from error
+
+
+def _template(text: str, source: str) -> Template:
+    return Template(text, source, hashlib.sha256(text.encode()).hexdigest())
+
+
+def render_conversation(
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    *,
+    train_on: Literal["assistant", "all"] = "assistant",
+) -> Rendered:
+    """Render a whole conversation and find its spans; raises ``UserError`` with the reason when it cannot."""
+    messages, tools = plain_tools(template, messages, tools)
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise UserError("the conversation has no assistant turn", "every row needs an answer to learn from")
+    text, marked = _render(template, tokenizer, messages, tools)
+    starts = [_answer_start(template, tokenizer, messages, tools, turn, text) for turn in turns]
+    spans = marked or [
+        _turn_span(template, tokenizer, messages, tools, turn, text, start)
+        for turn, start in zip(turns, starts, strict=True)
+    ]
+    spans = [_without_trailing_space(tokenizer, text, span) for span in spans]
+    if not all(start < end for start, end in spans) or any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        raise UserError("the template does not let the assistant's turns be told apart", "use another render.template")
+    prompt_end = spans[-1][0] if starts[-1] is None or marked else starts[-1]
+    earlier = [span for span in spans if span[1] <= prompt_end]
+    loss = [(0, len(text))] if train_on == "all" else spans
+    return Rendered(text, loss, prompt_end, earlier, str(messages[turns[-1]].get("content") or ""))
+
+
+def render_prompt(
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+) -> Prompt:
+    """Render a conversation that the model is to continue, with the template's generation prompt."""
+    history, flat_tools = plain_tools(template, messages, tools)
+    text, _ = _render(template, tokenizer, history, flat_tools, generation_prompt=True)
+    spans: list[Span] = []
+    if any(message["role"] == "assistant" for message in history):
+        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        known = render_conversation(template, tokenizer, messages[: last + 1], tools)
+        # a template may show earlier turns differently once more follow (reasoning is often taken out)
+        if text.startswith(known.text[: known.spans[-1][1]]):
+            spans = known.spans
+    return Prompt(text, spans)
+
+
+def _render(
+    template: Template,
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    generation_prompt: bool = False,
+) -> tuple[str, list[Span]]:
+    """Text and the spans of the template's generation markers (none where it has no markers)."""
+    from jinja2.exceptions import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    marked = "endgeneration" in template.text and not generation_prompt
+    special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    try:
+        texts, indices = render_jinja_template(
+            conversations=[messages],
+            tools=tools or None,
+            chat_template=template.text,
+            add_generation_prompt=generation_prompt,
+            return_assistant_tokens_mask=marked,
+            **special,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"the chat template ({template.source}) refuses this conversation: {error}", "see render.template"
+        ) from error
+    return texts[0], [tuple(span) for span in indices[0]] if marked else []
+
+
+def _answer_start(
+    template: Template, tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, turn: int, text: str
+) -> int | None:
+    """Where the model begins to write in turn ``turn``, or None where the template rewrites what came before."""
+    prompt, _ = _render(template, tokenizer, messages[:turn], tools, generation_prompt=True)
+    return len(prompt) if text.startswith(prompt) else None
+
+
+def _turn_span(
+    template: Template,
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    turn: int,
+    text: str,
+    start: int | None,
+) -> Span:
+    """The assistant turn ``turn`` with its end-of-turn token, by rendering the conversation up to its end."""
+    upto, _ = _render(template, tokenizer, messages[: turn + 1], tools)
+    if start is not None and text.startswith(upto):
+        return start, len(upto)
+    if messages[turn].get("tool_calls"):
+        raise UserError(
+            "the template rewrites an earlier tool call when the conversation goes on", "use another render.template"
+        )
+    # the template shows this turn differently once more turns follow: change its content and see what moves
+    content = str(messages[turn].get("content") or "")
+    probe = [*messages[:turn], {**messages[turn], "content": "\ue000\ue001"}, *messages[turn + 1 :]]
+    changed, _ = _render(template, tokenizer, probe, tools)
+    begin = changed.find("\ue000")
+    tail = len(changed) - (changed.find("\ue001") + 1)
+    end = len(text) - tail
+    if begin < 0 or changed.count("\ue000") != 1 or end < begin or text[begin:end] not in content:
+        raise UserError("the template does not show where this assistant turn lies", "use another render.template")
+    return begin, end + _end_token_length(tokenizer, text, end)
+
+
+def _end_token_length(tokenizer: Any, text: str, end: int) -> int:
+    """Length of the special token that stands at ``end`` (0 where none does)."""
+    names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return max((len(name) for name in names if text.startswith(name, end)), default=0)
+
+
+def _without_trailing_space(tokenizer: Any, text: str, span: Span) -> Span:
+    """Cut what the template adds after the end-of-turn token, such as a line break: the model never writes it."""
+    kept = text[span[0] : span[1]].rstrip()
+    specials = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if any(kept.endswith(name) for name in specials):
+        return span[0], span[0] + len(kept)
+    return span
+
+
+def plain_tools(
+    template: Template, messages: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """For a template that knows no tools, write calls, results and the list of tools as text.
+
+    The text has the widespread ``<tool_call>`` form, so that a model learns a format that parsers exist for.
+    """
+    uses_tools = bool(tools) or any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+    if not uses_tools or "tool_calls" in template.text:
+        return messages, tools
+    flat = [dict(message) for message in messages]
+    for message in flat:
+        for call in message.pop("tool_calls", None) or []:
+            function = call.get("function", call)
+            text = json.dumps(
+                {"name": function["name"], "arguments": function.get("arguments", {})}, ensure_ascii=False
+            )
+            before = f"{message['content']}\n" if message.get("content") else ""
+            message["content"] = f"{before}<tool_call>\n{text}\n</tool_call>"
+        if message["role"] == "tool":
+            message.update(role="user", content=f"<tool_response>\n{message.get('content') or ''}\n</tool_response>")
+    if tools:
+        listing = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        text = f'Tools, one JSON object a line. To call one, answer <tool_call>\n{{"name": …, "arguments": …}}\n</tool_call>\n{listing}'
+        if flat and flat[0]["role"] == "system":
+            flat[0]["content"] = f"{flat[0]['content']}\n\n{text}"
+        else:
+            flat.insert(0, {"role": "system", "content": text})
+    return flat, None

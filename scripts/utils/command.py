@@ -1,0 +1,134 @@
+"""The frame of every step: parse → config → environment → work → exit code.
+
+A script says ``raise SystemExit(command.run(parser, work))``; this file holds the flags that all share, reads the
+variables that make hands over (``SFT_CONFIG``, ``SFT_SET``, ``SFT_RUN``, …), and is the only place that turns an
+exception into an exit code.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from scripts.utils import console, environment
+from scripts.utils.errors import MachineError, SFTError
+from scripts.utils.files import REPO_ROOT
+
+if TYPE_CHECKING:
+    from scripts.utils.schema import Config
+
+Work = Callable[[argparse.Namespace, "Config"], int | None]
+
+# flags that stand for a config key, and the make variable (SFT_…) that hands the same value over
+_KEY_FLAGS = {
+    "run": ("run.name", "SFT_RUN"),
+    "raw": ("data.raw", "SFT_RAW"),
+    "model": ("model.name", "SFT_MODEL"),
+    "backend": ("tuning.backend", "SFT_BACKEND"),
+    "split": ("eval.split", "SFT_SPLIT"),
+    "limit": ("eval.limit", "SFT_LIMIT"),
+    "style": ("style.text", "SFT_STYLE"),
+    "style_mode": ("style.mode", "SFT_STYLE_MODE"),
+}
+
+
+def from_make(name: str) -> str | None:
+    """A make variable that reached this process as ``SFT_<NAME>``; empty counts as not given."""
+    return os.environ.get(f"SFT_{name}") or None
+
+
+def truthy(value: str | None) -> bool:
+    return (value or "").lower() not in ("", "0", "no", "false")
+
+
+def new_parser(
+    name: str, description: str, examples: Sequence[str], *, keys: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser with --config, --set, and the config-key flags in ``keys``; ``examples`` end the help text."""
+    parser = argparse.ArgumentParser(
+        prog=f"sft-{name}",
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    default = from_make("CONFIG") or "configs/run_bnb.yaml"
+    parser.add_argument("--config", default=default, metavar="FILE", help=f"run config (now {default})")
+    parser.add_argument(
+        "--set", default=from_make("SET") or "", metavar="WORDS", help="overrides: 'section.key=value …'"
+    )
+    helps = {
+        "run": "run name (default: <config>-<data>)",
+        "raw": "raw data: a file or a folder",
+        "model": "hub id, local folder or embedded/smollm2-135m-instruct",
+        "backend": "bitsandbytes or unsloth",
+        "split": "train, val or test",
+        "limit": "at most this many rows",
+        "style": "system message to add",
+        "style_mode": "prepend, append, replace or only-if-missing",
+    }
+    for key in keys:
+        parser.add_argument(f"--{key.replace('_', '-')}", default=None, metavar=key.upper(), help=helps[key])
+    return parser
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", default=truthy(from_make("FORCE")), help="run again even if up to date"
+    )
+
+
+def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None = None) -> int:
+    """Parse, load the config, prepare the environment, do the work, and return the exit code."""
+    arguments = parser.parse_args(argv)
+
+    def start() -> int | None:
+        environment.prepare(REPO_ROOT)
+        from scripts.utils.config import load_config
+
+        flags: dict[str, Any] = {}
+        for flag, (key, variable) in _KEY_FLAGS.items():
+            if hasattr(arguments, flag):
+                given = getattr(arguments, flag)
+                flags[key] = given if given is not None else os.environ.get(variable) or None
+        return work(arguments, load_config(arguments.config, arguments.set, flags))
+
+    return guard(parser.prog, start)
+
+
+def guard(name: str, start: Callable[[], int | None]) -> int:
+    """Run ``start``; turn the project's errors, signals and a full disk into one message and an exit code."""
+    code: int
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        code = start() or 0
+    except SFTError as problem:
+        console.error(problem.message, problem.hint)
+        code = problem.exit_code
+    except KeyboardInterrupt:
+        console.error("interrupted", "run the same command again to go on")
+        code = 130
+    except _Terminated:
+        console.error("terminated", "run the same command again to go on")
+        code = 143
+    except BrokenPipeError:
+        # the reader of our output went away (`| head`); Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except MemoryError:
+        console.error("out of memory", "lower train.batch_size or render.max_length")
+        code = MachineError.exit_code
+    if code:
+        # make turns a failed recipe into its own exit 2, so the real code is said here
+        print(f"{name}: exit code {code}", file=sys.stderr, flush=True)
+    return code
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated

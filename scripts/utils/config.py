@@ -1,0 +1,187 @@
+"""From YAML files and SET overrides to one frozen ``Config``: the only place that knows what a key may be.
+
+``load_config`` merges (``include:`` depth first, then the file, then SET, then the flags of the command),
+coerces by the schema's types, collects every problem and raises them all at once.
+"""
+
+import difflib
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.utils import yaml_text
+from scripts.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from scripts.utils.schema import Config
+
+Origins = dict[tuple[str, ...], str]
+
+
+def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | None = None) -> "Config":
+    """Return the validated config.
+
+    ``overrides`` is the text of SET (``section.key=value`` words, quoted as in a shell); ``flags`` maps dotted
+    keys to values given by a command's own flags, which win. Raises ``UserError`` with every problem found.
+    """
+    from pydantic import ValidationError
+
+    from scripts.utils.schema import Config
+
+    merged: dict[str, Any] = {}
+    origins: Origins = {}
+    _merge_file(Path(path), merged, origins, ())
+    for key, value in _parse_overrides(overrides):
+        _set(merged, origins, key, value, "SET")
+    for dotted, value in (flags or {}).items():
+        if value is not None:
+            _set(merged, origins, tuple(dotted.split(".")), value, "flag")
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        problems = [_problem(item, origins, str(path)) for item in error.errors()]
+        raise UserError("\n       ".join(problems), "configs/base.yaml shows every key with its meaning") from error
+    _check_together(config, str(path))
+    return config
+
+
+def _merge_file(path: Path, merged: dict[str, Any], origins: Origins, seen: tuple[Path, ...]) -> None:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: includes itself by way of {seen[-1]}", "take one of the include: lines out")
+    values, lines = yaml_text.load(path)
+    include = values.pop("include", None)
+    for name in [include] if isinstance(include, str) else include or []:
+        _merge_file(path.parent / str(name), merged, origins, (*seen, resolved))
+    for section, keys in values.items():
+        if isinstance(keys, dict):
+            merged.setdefault(section, {})
+            for key, value in keys.items():
+                line = lines.get((section, key), 0)
+                _set(merged, origins, (section, key), value, f"{path}:{line}")
+        elif keys is not None:
+            _set(merged, origins, (section,), keys, f"{path}:{lines.get((section,), 0)}")
+        elif section not in merged:
+            _set(merged, origins, (section,), {}, f"{path}:{lines.get((section,), 0)}")
+
+
+def _set(merged: dict[str, Any], origins: Origins, key: tuple[str, ...], value: Any, origin: str) -> None:
+    from scripts.utils.schema import ALIASES
+
+    if len(key) == 2 and isinstance(merged.get(key[0], {}), dict):
+        name = ALIASES.get(key[0], {}).get(key[1], key[1])
+        merged.setdefault(key[0], {})[name] = value
+        origins[(key[0], name)] = origin
+    else:
+        merged[".".join(key) if len(key) > 2 else key[0]] = value
+        origins[key[:1]] = origin
+
+
+def _parse_overrides(text: str) -> list[tuple[tuple[str, ...], Any]]:
+    """``train.lr=1e-4 style.text='be brief'`` as pairs of key path and value."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"SET={text!r}: {error}", "close the quote") from error
+    pairs = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key.count(".") != 1:
+            raise UserError(f"SET: {word!r} is not section.key=value", 'write for example SET="train.epochs=1"')
+        # lists and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
+        is_yaml = value.startswith("[") or value in ("null", "~", "")
+        pairs.append((tuple(key.split(".")), yaml_text.parse(value, f"SET {key}")[0] if is_yaml else value))
+    return pairs
+
+
+def _problem(item: Any, origins: Origins, path: str) -> str:
+    """One line for one problem: where, which key, what was expected, the nearest known key."""
+    location = tuple(str(part) for part in item["loc"])
+    key = location[:2]
+    where = origins.get(key) or origins.get(key[:1]) or path
+    dotted = ".".join(key)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key {dotted!r}{_nearest(key)}"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: {dotted!r} is a section of keys, not a value"
+    expected = item["msg"].removeprefix("Input should be ").replace("a valid string", "text")
+    return f"{where}: {dotted} is {item['input']!r}, expected {expected}"
+
+
+def _nearest(key: tuple[str, ...]) -> str:
+    from scripts.utils.schema import ALIASES, Config
+
+    sections = Config.model_fields
+    if len(key) == 1 and (close := difflib.get_close_matches(key[0], sections, 1)):
+        return f"; did you mean the section {close[0]!r}?"
+    known = {f"{s}.{k}": f"{s}.{k}" for s, f in sections.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]
+    known |= {f"{s}.{a}": f"{s}.{k}" for s, names in ALIASES.items() for a, k in names.items()}
+    name = key[-1]
+    same_name = [target for spelt, target in known.items() if spelt.partition(".")[2] == name]
+    close = difflib.get_close_matches(".".join(key), known, 1, 0.75)
+    by_name = difflib.get_close_matches(name, [spelt.partition(".")[2] for spelt in known], 1, 0.75)
+    found = (
+        same_name
+        or [known[c] for c in close]
+        or [t for s, t in known.items() if by_name and s.endswith("." + by_name[0])]
+    )
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _check_together(config: "Config", path: str) -> None:
+    """Refuse values that are each allowed but not together."""
+    problems = []
+    train, data = config.train, config.data
+    if data.val_fraction + data.test_fraction >= 1:
+        problems.append("data.val_fraction + data.test_fraction leave no rows to train on; make their sum less than 1")
+    if train.load_best_model_at_end and train.save_strategy != "no" and train.eval_strategy != train.save_strategy:
+        problems.append(
+            f"train.load_best_model_at_end needs train.eval_strategy ({train.eval_strategy}) and train.save_strategy "
+            f"({train.save_strategy}) to be the same; set both to 'epoch' or both to 'steps', or load_best_model_at_end: false"
+        )
+    if (
+        train.load_best_model_at_end
+        and train.save_strategy == train.eval_strategy == "steps"
+        and train.save_steps % train.eval_steps
+    ):
+        problems.append(
+            f"train.save_steps ({train.save_steps}) must be a multiple of train.eval_steps ({train.eval_steps}), "
+            "so that every checkpoint has a validation loss to be chosen by"
+        )
+    if train.early_stopping_patience and not (train.load_best_model_at_end and train.eval_strategy != "no"):
+        problems.append("train.early_stopping_patience needs train.load_best_model_at_end: true and an eval_strategy")
+    if train.precision in ("bf16", "fp16") and getattr(train, train.precision) is False:
+        problems.append(
+            f"train.precision is {train.precision}, but train.{train.precision} is false; take one of them out"
+        )
+    if problems:
+        raise UserError("\n       ".join(f"{path}: {problem}" for problem in problems), "change the values named above")
+
+
+def to_yaml(config: "Config") -> str:
+    """The resolved config as YAML text, every key spelt out."""
+    import yaml
+
+    return str(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def data_name(config: "Config") -> str:
+    """Name of the data set's folders: ``data.name``, else made from the names of the raw files."""
+    from scripts.utils.files import check_name, sha256_json
+
+    if config.data.name:
+        return check_name(config.data.name, "data.name")
+    paths = [config.data.raw] if isinstance(config.data.raw, str) else config.data.raw
+    stems = [Path(p.rstrip("/")).name.split(".")[0] for p in paths] or ["raw"]
+    safe = [
+        "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem).strip("-_") for stem in stems
+    ]
+    name = "+".join(part or "data" for part in safe)
+    return name if len(name) <= 60 else f"{name[:48].rstrip('+-')}-{sha256_json(paths)[:8]}"
+
+
+def run_name(config: "Config", path: str | Path) -> str:
+    """Name of the run: RUN or ``run.name``, else ``<config file>-<data set>``."""
+    from scripts.utils.files import check_name
+
+    return check_name(config.run.name or f"{Path(path).stem}-{data_name(config)}", "run name")

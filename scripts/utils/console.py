@@ -1,0 +1,123 @@
+"""What a person sees: one line an event, tables at the end, progress with a rate, colour only on a terminal.
+
+Progress, notes and errors go to stderr; results go to stdout, so that they can be piped.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
+
+
+def use_colour(stream: TextIO) -> bool:
+    """Colour only on a terminal, never with NO_COLOR (see no-color.org) or TERM=dumb."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if use_colour(stream) else text
+
+
+def note(step: str, text: str) -> None:
+    """One event of a step, on stderr: ``train: step 40/200  loss 1.83``."""
+    print(f"{paint(step + ':', 'cyan', sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    print(f"{paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+
+def error(message: str, hint: str = "") -> None:
+    print(f"{paint('error:', 'red', sys.stderr)} {message}", file=sys.stderr, flush=True)
+    if hint:
+        print(f"{paint('hint:', 'yellow', sys.stderr)} {hint}", file=sys.stderr, flush=True)
+
+
+def result(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
+    """Print a table to stdout; the first ``left`` columns are set left, the others right."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    output = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        output.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        output.add_row(*(escape(str(cell)) for cell in row))
+    # off a terminal rich assumes 80 columns and would fold long paths
+    width = None if sys.stdout.isatty() else 140
+    Console(file=sys.stdout, width=width, no_color=not use_colour(sys.stdout), highlight=False).print(output)
+
+
+def facts(title: str, pairs: Sequence[tuple[str, object]]) -> None:
+    """Print a title and aligned ``name  value`` lines to stdout."""
+    result(paint(title, "bold", sys.stdout))
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        result(f"  {name.ljust(width)}  {value}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``42s``, ``3m 05s``, ``2h 10m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit: ``5.1 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+class Progress:
+    """Counts finished units and reports them with a rate and the time left.
+
+    On a terminal one line is rewritten; elsewhere a line appears every ``interval`` seconds.
+    """
+
+    def __init__(self, step: str, unit: str, total: int | None = None, interval: float = 10.0) -> None:
+        self.step, self.unit, self.total = step, unit, total
+        self.done = 0
+        self._live = sys.stderr.isatty()
+        self._interval = 0.1 if self._live else interval
+        self._start = self._shown = time.monotonic()
+
+    def advance(self, count: int = 1, detail: str = "") -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self._shown >= self._interval:
+            self._shown = now
+            self._show(detail)
+
+    def _show(self, detail: str) -> None:
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rate = self.done / elapsed
+        text = f"{self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}  {rate:,.1f}/s"
+        if self.total and rate:
+            text += f"  {duration((self.total - self.done) / rate)} left"
+        if detail:
+            text += f"  {detail}"
+        if self._live:
+            print(f"\r\x1b[K{paint(self.step + ':', 'cyan', sys.stderr)} {text}", end="", file=sys.stderr, flush=True)
+        else:
+            note(self.step, text)
+
+    def close(self) -> None:
+        """End the live line, so that the next message starts on a line of its own."""
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

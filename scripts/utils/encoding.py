@@ -1,0 +1,191 @@
+"""Text as token ids: which carry loss, how examples share a row, and the loss over them.
+
+Text is tokenised segment by segment, cut where a span begins or ends, so that the ids of a prompt are the same
+whether an answer follows (training) or is awaited (inference). Masks are by position, never by id: in many models
+the padding token is the end token.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scripts.utils.chat import Prompt, Span
+from scripts.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # label of a position without loss, as torch's cross_entropy has it
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: ``ids`` and, of equal length, whether each token carries loss (the first never can)."""
+
+    ids: list[int]
+    trained: list[bool]
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.trained[1:])
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, spans: Iterable[Sequence[int]]) -> Encoded:
+    """Token ids of ``text`` and which of them lie in ``spans`` (sorted, not overlapping, in characters)."""
+    if _adds_prefix_space(tokenizer):
+        return _encode_whole(tokenizer, text, [(s[0], s[1]) for s in spans])
+    ids: list[int] = []
+    trained: list[bool] = []
+    position = 0
+    for start, end in [*((s[0], s[1]) for s in spans), (len(text), len(text))]:
+        for piece, inside in ((text[position:start], False), (text[start:end], True)):
+            if piece:
+                new = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+                ids += new
+                trained += [inside] * len(new)
+        position = end
+    return Encoded(ids, trained)
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Ids of a prompt, cut at the same places as in training."""
+    return encode(tokenizer, prompt.text, prompt.spans).ids
+
+
+def _adds_prefix_space(tokenizer: Any) -> bool:
+    """True for SentencePiece tokenizers that put a space before every text: segments would each gain one."""
+    known = tokenizer.__dict__.get("_sft_prefix_space")
+    if known is None:
+        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
+        known = tokenizer.__dict__["_sft_prefix_space"] = first.startswith("▁")
+    return bool(known)
+
+
+def _encode_whole(tokenizer: Any, text: str, spans: list[Span]) -> Encoded:
+    """Tokenise in one piece and map spans by offsets; refuses a row whose span borders fall inside a token."""
+    both = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    trained = []
+    for start, end in both["offset_mapping"]:
+        inside = [start < b and end > a and end > start for a, b in spans]
+        if any(inside) and not any(a <= start and end <= b for a, b in spans):
+            raise UserError("a token reaches over the border of an assistant turn", "use another render.template")
+        trained.append(any(inside))
+    return Encoded(list(both["input_ids"]), trained)
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: put examples (by index) into rows of at most ``budget`` tokens.
+
+    An example longer than the budget gets a row of its own. Deterministic.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        fitting = [(left, number) for number, left in enumerate(room) if left >= length]
+        if fitting:
+            _, number = min(fitting)
+            rows[number].append(index)
+            room[number] -= length
+        else:
+            rows.append([index])
+            room.append(budget - length)
+    return rows
+
+
+def make_rows(
+    examples: Sequence[Encoded], *, budget: int, batch_size: int, packing: bool, seed: int
+) -> list[list[int]]:
+    """The micro batches of one pass over the data, each a list of example indices.
+
+    With packing a micro batch is one row of at most ``budget`` tokens; examples are shuffled before they are packed
+    in windows, so that rows mix lengths and the order is random, but the same for the same seed.
+    """
+    order = list(range(len(examples)))
+    shuffler = random.Random(seed)
+    shuffler.shuffle(order)
+    if not packing:
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rows: list[list[int]] = []
+    window = 1024  # packs tightly enough and keeps best-fit's cost small on large data
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        rows += [[part[i] for i in row] for row in pack([len(examples[i].ids) for i in part], budget)]
+    shuffler.shuffle(rows)
+    return rows
+
+
+def to_row(examples: Sequence[Encoded]) -> dict[str, "torch.Tensor"]:
+    """Examples side by side in one row without padding.
+
+    ``input_ids``, ``position_ids``, ``shift_labels``: int64 [1, tokens]. Positions restart at each example, which is
+    how transformers knows that attention must not cross; ``shift_labels[t]`` is the token that position t must
+    predict, or -100.
+    """
+    import torch
+
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        ids += example.ids
+        positions += range(len(example.ids))
+        labels += _shifted(example)
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "shift_labels": torch.tensor([labels]),
+    }
+
+
+def to_padded(examples: Sequence[Encoded], pad_id: int) -> dict[str, "torch.Tensor"]:
+    """One example a row, padded on the right: int64 [examples, longest]."""
+    import torch
+
+    longest = max(len(example.ids) for example in examples)
+    ids = [example.ids + [pad_id] * (longest - len(example.ids)) for example in examples]
+    mask = [[1] * len(example.ids) + [0] * (longest - len(example.ids)) for example in examples]
+    labels = [_shifted(example) + [IGNORE] * (longest - len(example.ids)) for example in examples]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "shift_labels": torch.tensor(labels)}
+
+
+def _shifted(example: Encoded) -> list[int]:
+    following = zip(example.ids[1:], example.trained[1:], strict=True)
+    return [token if inside else IGNORE for token, inside in following] + [IGNORE]
+
+
+def summed_loss(model: Any, row: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+    """Sum of the cross entropies (natural log) over the row's trained tokens, differentiable.
+
+    Logits are computed only at positions where some label is, by the 1-D index that transformers' models take as
+    ``logits_to_keep``; with most rows being prompt, that spares most of the [tokens, vocabulary] matrix.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    inputs = {name: value for name, value in row.items() if name != "shift_labels"}
+    labels = row["shift_labels"]
+    keep = torch.nonzero((labels != IGNORE).any(0)).squeeze(-1)
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    targets = labels[:, keep]
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def batch_loss(model: Any, examples: Sequence[Encoded], budget: int, *, packing: bool = True) -> tuple[float, int]:
+    """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it."""
+    import torch
+
+    device = next(model.parameters()).device
+    rows = pack([len(example.ids) for example in examples], budget) if packing else [[i] for i in range(len(examples))]
+    total = 0.0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for indices in rows:
+            row = {name: value.to(device) for name, value in to_row([examples[i] for i in indices]).items()}
+            if bool((row["shift_labels"] != IGNORE).any()):
+                total += float(summed_loss(model, row))
+    model.train(was_training)
+    return total, sum(example.trained_tokens for example in examples)

@@ -1,0 +1,52 @@
+"""Environment variables that must be set before torch and transformers are imported, and the .env file.
+
+Standard library only. ``prepare`` refuses to run after a heavy module was imported, so that the order is checked
+at every run instead of hoped for.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+_HEAVY = ("torch", "transformers", "tokenizers", "datasets", "unsloth")
+
+# telemetry is off by default; a user who wants it sets the variable
+_DEFAULTS = {
+    "TOKENIZERS_PARALLELISM": "false",  # forks after use warn on every step otherwise
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DISABLE_TELEMETRY": "1",
+    "WANDB_DISABLE_CODE": "true",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard looks for TensorFlow and is told about it in ten lines
+    "BITSANDBYTES_NOWELCOME": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation on small cards
+}
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """Read ``NAME=value`` lines; quotes around a value are dropped, ``export`` and comments are passed over."""
+    values: dict[str, str] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        return values
+    for line in text.splitlines():
+        name, equals, value = line.strip().removeprefix("export ").partition("=")
+        if not equals or name.startswith("#"):
+            continue
+        value = value.strip()
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        if value:
+            values[name.strip()] = value
+    return values
+
+
+def prepare(root: Path) -> None:
+    """Set what is not set yet; what the user's shell says wins over .env, and .env over the defaults."""
+    early = [name for name in _HEAVY if name in sys.modules]
+    if early:
+        raise RuntimeError(f"environment.prepare must run before {', '.join(early)} is imported")
+    for name, value in {**_DEFAULTS, **read_dotenv(root / ".env")}.items():
+        os.environ.setdefault(name, value)

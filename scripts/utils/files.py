@@ -1,0 +1,198 @@
+"""Files that are either whole or not there: atomic writes, JSON lines, hashes, folder swaps.
+
+Everything the project writes goes through here, so that a kill, a full disk or a second process
+never leaves half a file. A full disk is a ``MachineError`` that names the path.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from scripts.utils.errors import MachineError, RefusedError, UserError
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, need_bytes: int | None = None) -> Iterator[None]:
+    """Turn the operating system's refusals to write into a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        where = Path(path).absolute()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            need = f" ({need_bytes:,} bytes needed)" if need_bytes else ""
+            raise MachineError(
+                f"{where}: the disk is full{need}",
+                "free some space (make clean shows what it would remove), then run the same command again",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise MachineError(f"{where}: no permission to write here", "check the folder's owner and mode") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a binary file that takes ``path``'s place, synced, only when the block ends well."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power loss (POSIX only; elsewhere nothing to do)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_writer(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
+    """Write one JSON value a line and return how many."""
+    count = 0
+    with atomic_writer(path) as file:
+        for row in rows:
+            file.write(json_line(row))
+            count += 1
+    return count
+
+
+def json_line(row: Any) -> bytes:
+    """One row as UTF-8; a lone surrogate, which UTF-8 cannot hold, stays escaped."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:
+        return (json.dumps(row, ensure_ascii=True) + "\n").encode("ascii")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that the project wrote; damage is a ``RefusedError``."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RefusedError(f"{Path(path).absolute()}: not valid JSON ({error})", "the file is damaged") from error
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """Read JSON lines that the project wrote, one value at a time; blank lines are passed over."""
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error})", "mend or delete the line") from error
+
+
+def sha256_file(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON value that does not depend on the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` that takes its place when the block ends well."""
+    folder = Path(folder)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+        try:
+            os.chmod(new, 0o777 & ~_umask())
+            yield new
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            if folder.exists():
+                os.rename(folder, old / "was")
+            os.rename(new, folder)
+            sync_folder(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[None]:
+    """Hold an exclusive lock that the system frees when the process dies, however it dies.
+
+    Waits up to ``wait_seconds`` for another holder, then raises ``RefusedError``.
+    """
+    import fcntl
+
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise RefusedError(
+                        f"{what} is in use by another process (lock {path.absolute()})",
+                        "wait until it ends, or choose another name with RUN=…",
+                    ) from None
+                time.sleep(0.2)
+        yield
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` if it is safe as a folder name inside the project, else raise ``UserError``."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"{what} {name!r} is not a usable name",
+            "use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit, at most 100 characters",
+        )
+    return name

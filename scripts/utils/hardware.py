@@ -1,0 +1,164 @@
+"""What this machine has, and which precision and backend suit it: every choice comes with its reason."""
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from scripts.utils.errors import MachineError
+
+if TYPE_CHECKING:
+    from scripts.utils.schema import TrainSection
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device that training would use. Memory in bytes; capability as CUDA's (major, minor), or None."""
+
+    device: Literal["cuda", "mps", "cpu"]
+    name: str
+    memory: int
+    capability: tuple[int, int] | None = None
+    driver: str | None = None
+    cpu_bf16_faster: bool = False
+
+
+def detect() -> Hardware:
+    """Look at the machine; imports torch."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
+        return Hardware(
+            "cuda",
+            properties.name,
+            properties.total_memory,
+            (properties.major, properties.minor),
+            str(torch.version.cuda),
+        )
+    memory = psutil.virtual_memory().total
+    if torch.backends.mps.is_available():
+        return Hardware("mps", platform.processor() or "Apple GPU", memory)
+    name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return Hardware("cpu", name, memory, cpu_bf16_faster=_bf16_is_faster_on_cpu())
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _bf16_is_faster_on_cpu() -> bool:
+    """Multiply two matrices of a small model's shape in both precisions, a few milliseconds each."""
+    import time
+
+    import torch
+
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times)
+    # a clear win only: fp32 is exact, and noise must not flip the choice
+    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+
+
+def supported(precision: Precision, hardware: Hardware) -> tuple[bool, str]:
+    """Whether the hardware computes in ``precision``, and why (not). bf16 came with Ampere, capability 8.0."""
+    if precision == "fp32":
+        return True, "fp32 runs everywhere"
+    if hardware.device == "cuda":
+        major, minor = hardware.capability or (0, 0)
+        if precision == "bf16" and major < 8:
+            return False, f"{hardware.name} (capability {major}.{minor}) has no bf16; that needs Ampere (8.0) or newer"
+        if precision == "fp16" and (major, minor) < (5, 3):
+            return False, f"{hardware.name} (capability {major}.{minor}) has no fp16 arithmetic"
+        return True, f"{hardware.name} supports {precision}"
+    if hardware.device == "mps":
+        return (True, "MPS supports bf16") if precision == "bf16" else (False, "gradient scaling for fp16 needs CUDA")
+    if precision == "fp16":
+        return False, "fp16 does not train on a CPU"
+    return True, "bf16 runs on this CPU"
+
+
+def best_precision(hardware: Hardware) -> tuple[Precision, str]:
+    """The precision that ``auto`` means on this hardware, and why."""
+    if hardware.device == "cpu":
+        if hardware.cpu_bf16_faster:
+            return "bf16", "bf16 measured faster than fp32 on this CPU"
+        return "fp32", "fp32 measured at least as fast as bf16 on this CPU"
+    for precision in ("bf16", "fp16"):
+        fits, reason = supported(precision, hardware)  # type: ignore[arg-type]
+        if fits:
+            return precision, reason  # type: ignore[return-value]
+    return "fp32", "neither bf16 nor fp16 runs here"
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """``requested`` as the config put it, ``actual`` as it will run; ``changed`` asks for a warning."""
+
+    requested: str
+    actual: Precision
+    why: str
+    changed: bool
+
+
+def choose_precision(train: "TrainSection", hardware: Hardware) -> PrecisionChoice:
+    """Resolve train.precision, train.bf16 and train.fp16 against the hardware.
+
+    Raises ``MachineError`` with ``train.precision_strict`` when what was asked for cannot be had.
+    """
+    wanted = [name for name in ("bf16", "fp16") if getattr(train, name) or train.precision == name]
+    if train.precision == "fp32":
+        wanted.append("fp32")
+    requested = " and ".join(wanted) or "auto"
+    if not wanted:
+        actual, why = best_precision(hardware)
+        return PrecisionChoice(requested, actual, why, changed=False)
+    fitting = [name for name in wanted if supported(name, hardware)[0]]  # type: ignore[arg-type]
+    if len(wanted) == 1 and fitting:
+        actual = wanted[0]  # type: ignore[assignment]
+        return PrecisionChoice(requested, actual, f"asked for; {supported(actual, hardware)[1]}", changed=False)
+    reasons = "; ".join(supported(name, hardware)[1] for name in wanted if name not in fitting)  # type: ignore[arg-type]
+    if train.precision_strict:
+        raise MachineError(
+            f"precision {requested} cannot be had: {reasons or 'only one precision can be trained in'}",
+            "set train.precision: auto, or precision_strict: false to take the nearest one",
+        )
+    if fitting:
+        actual = fitting[0]  # type: ignore[assignment]
+        return PrecisionChoice(
+            requested, actual, reasons or f"only one can be; {actual} needs no loss scaling", changed=True
+        )
+    actual, why = best_precision(hardware)
+    return PrecisionChoice(requested, actual, f"{reasons}; {why}", changed=True)
+
+
+def memory_in_use(hardware: Hardware) -> int:
+    """Peak bytes so far: the device's allocator on CUDA, the resident peak of this process elsewhere."""
+    if hardware.device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    if os.name == "posix":
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # macOS counts bytes, Linux KiB
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,127 @@
+"""Raw data files as rows: which files there are, and the rows of each (JSON, JSON lines, CSV, TSV) with their lines.
+
+Nothing is judged here but whether a row can be read at all. A row that cannot (a broken JSON line, a CSV line with a
+field too many) comes out with a reason; a file that cannot (not UTF-8, a broken JSON array) is a ``UserError``.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from scripts.utils.errors import UserError
+from scripts.utils.json_rows import BOM, RawRow, lines, read_json
+
+READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+# files whose name says JSON or CSV and whose bytes say otherwise; first bytes → what to call it
+_OTHER_KINDS = {
+    b"\x1f\x8b": "gzip-compressed",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
+
+def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The data files that ``data.raw`` names, and a warning for each thing in a folder that is passed over.
+
+    Raises ``UserError`` when a path is missing, a named file has an unknown extension, or nothing is left to read.
+    """
+    found: list[Path] = []
+    warnings: list[str] = []
+    paths = [Path(name).expanduser() for name in ([raw] if isinstance(raw, str) else raw)]
+    hint = "put a .json, .jsonl, .csv or .tsv file there, name one with RAW=path, or try the sample: RAW=data/sample"
+    for path in paths:
+        if path.is_dir():
+            entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+            found += [entry for entry in entries if entry.is_file() and entry.suffix.lower() in READABLE]
+            for entry in entries:
+                if entry.is_dir():
+                    warnings.append(f"{entry} is a folder inside {path} and is not read; RAW={entry} reads it")
+                elif entry not in found:
+                    warnings.append(f"{entry} is not read: its name does not end in {', '.join(READABLE)}")
+        elif not path.exists():
+            raise UserError(f"no data: {path.absolute()} does not exist", hint)
+        elif path.suffix.lower() not in READABLE:
+            raise UserError(f"{path.absolute()}: unknown kind of file", f"known are {', '.join(READABLE)}")
+        else:
+            found.append(path)
+    if not found:
+        places = ", ".join(str(path.absolute()) for path in paths) or "data.raw names no path"
+        raise UserError("\n       ".join([f"no data: no file to read in {places}", *warnings]), hint)
+    for path in found:
+        _check_kind(path)
+    return list(dict.fromkeys(found)), warnings
+
+
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of one file in order; blank lines are passed over. A file without rows is a ``UserError``."""
+    rows = _read_table(path) if path.suffix.lower() in (".csv", ".tsv") else read_json(path)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{path.absolute()}: holds no rows", "put rows in, or take the file away")
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse, before anything is read or written, what cannot be a file of rows."""
+    try:
+        str(path).encode("utf-8")
+        with path.open("rb") as file:
+            start = file.read(4)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{str(path)!a}: the name of the file is not UTF-8", "rename it") from error
+    except OSError as error:
+        raise UserError(f"{path.absolute()}: cannot be read ({error.strerror})", "check its mode") from error
+    if not start.removeprefix(BOM):
+        raise UserError(f"{path.absolute()}: the file is empty", "put rows in, or take the file away")
+    for magic, kind in _OTHER_KINDS.items():
+        if start.startswith(magic):
+            raise UserError(f"{path.absolute()}: is {kind}, not UTF-8 text", f"save it as plain UTF-8 {path.suffix}")
+
+
+def _read_table(path: Path) -> Iterator[RawRow]:
+    """CSV or TSV with a header; a ``;`` or a tab in place of the comma is seen from the header."""
+    csv.field_size_limit(2**31 - 1)
+    header_line = next((line for _, line in lines(path) if line.strip()), "")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header_line.count)
+    # strict: an open quote would otherwise swallow the rest of the file in silence
+    reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    line = 1
+    while True:
+        problem, fields = "", []
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = str(error)
+            if "unexpected end" in problem:
+                message = f"{path}:{line}: a quote that opens in this row is never closed"
+                raise UserError(message, "close it, or double it if it is part of the text") from error
+        if header and problem:
+            yield RawRow(str(path), line, None, "", "not valid CSV", problem)
+        elif problem:
+            raise UserError(f"{path}:{line}: the header is not valid CSV: {problem}", "mend the first line")
+        elif any(field.strip() for field in fields):
+            if header:
+                yield _table_row(path, line, header, fields)
+            else:
+                header = [name.strip() for name in fields]
+                twice = [name for name, count in Counter(name.lower() for name in header if name).items() if count > 1]
+                if twice:
+                    raise UserError(f"{path}:{line}: the column {twice[0]!r} stands twice in the header", "rename one")
+        line = reader.line_num + 1
+
+
+def _table_row(path: Path, line: int, header: list[str], fields: list[str]) -> RawRow:
+    if len(fields) != len(header):
+        detail = f"{len(fields)} fields, the header has {len(header)}"
+        return RawRow(str(path), line, None, json.dumps(fields, ensure_ascii=False), "wrong number of fields", detail)
+    return RawRow(str(path), line, {name: field for name, field in zip(header, fields, strict=True) if name})

@@ -1,0 +1,178 @@
+"""From a raw row in any of the common shapes to messages: who speaks, what is said, which tools there are.
+
+The shape is found once a file, from its first rows, and every later row must fit it. What a row holds is kept letter
+by letter; a row that cannot be used is an ``Unusable`` with the reason. Nothing is repaired by guessing.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.utils import raw_files
+from scripts.utils.errors import UserError
+from scripts.utils.json_rows import RawRow
+from scripts.utils.turns import Unusable, as_text, check_order, filled_text, is_blank, kind_of, read_tools, read_turn
+
+# names of columns, lower case, the first that a file has is taken
+_TURNS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("prompt", "question", "user", "query", "input", "human", "problem", "instruction")
+_ANSWERS = ("completion", "answer", "assistant", "response", "output", "solution", "target", "reply")
+_CONTEXTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt")
+_PEEK = 100  # rows looked at to find a file's shape
+KNOWN_SHAPES = (
+    "messages or conversations (a list of turns), instruction + output, or a question column "
+    f"({', '.join(_QUESTIONS[:-1])}) with an answer column ({', '.join(_ANSWERS)})"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a file's rows are read: the kind, its columns in lower case, and why it was taken for this."""
+
+    kind: str
+    why: str
+    turns: str = ""
+    question: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row after reading: ``content`` ({"messages", "tools"?}), or None with the reason it was rejected for.
+
+    ``encoded`` is the content as JSON in UTF-8: what its id is the hash of.
+    """
+
+    raw: RawRow
+    content: dict[str, Any] | None = None
+    encoded: bytes = b""
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass
+class FileRecords:
+    """One file's records, to be read once, its shape, and the columns that were left out, filled while reading."""
+
+    path: Path
+    shape: Shape | None
+    records: Iterator[Record]
+    left_out: dict[str, int]
+
+
+def open_file(path: Path, wanted: str = "auto") -> FileRecords:
+    """Find the shape of a file (or check ``wanted``) and return its records.
+
+    Raises ``UserError`` naming the columns found when rows can be read but none has a known shape.
+    """
+    rows = raw_files.read_rows(path)
+    first = list(itertools.islice(rows, _PEEK))
+    objects = [row for row in first if isinstance(row.value, dict)]
+    shape = next((found for row in objects if (found := detect(row.value, wanted))), None)
+    if objects and shape is None:
+        columns = ", ".join(repr(str(name)[:40]) for name in list(objects[0].value)[:20]) or "none"
+        asked = "" if wanted == "auto" else f" for data.format {wanted}"
+        raise UserError(
+            f"{path}:{objects[0].line}: no usable columns{asked}; found: {columns}",
+            f"known are {KNOWN_SHAPES}; a CSV names its columns in the first line",
+        )
+    left_out: dict[str, int] = {}
+    records = (_record(row, shape, left_out) for row in itertools.chain(first, rows))
+    return FileRecords(path, shape, records, left_out)
+
+
+def _record(row: RawRow, shape: Shape | None, left_out: dict[str, int]) -> Record:
+    try:
+        if row.reason:
+            raise Unusable(row.reason, row.detail)
+        if not isinstance(row.value, dict) or shape is None:
+            raise Unusable("the row is not an object with columns", f"it is {kind_of(row.value)}")
+        content = to_content(row.value, shape, left_out)
+        return Record(row, content, json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+    except Unusable as problem:
+        return Record(row, reason=problem.reason, detail=problem.detail)
+    except UnicodeEncodeError as problem:
+        half = f"\\u{ord(problem.object[problem.start]):04x}"
+        return Record(row, reason="half a character (a lone surrogate), which no tokenizer can read", detail=half)
+    except RecursionError:
+        return Record(row, reason="nested too deeply to be a training row")
+    except ValueError as problem:
+        return Record(row, reason="a number that JSON cannot hold", detail=str(problem))
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with lower-case names; of two that differ in case only, the first counts."""
+    return {name.strip().lower(): value for name, value in reversed(row.items())}
+
+
+def detect(row: dict[str, Any], wanted: str = "auto") -> Shape | None:
+    """The shape of one row, or None when it has none of the known ones."""
+    columns = _columns(row)
+    if wanted in ("auto", "messages", "sharegpt"):
+        for name in _TURNS:
+            turn = columns[name][0] if isinstance(columns.get(name), list) and columns[name] else None
+            kind = "messages" if isinstance(turn, dict) and "role" in turn else "sharegpt"
+            if isinstance(turn, dict) and ("role" in turn or "from" in turn) and wanted in ("auto", kind):
+                key = "role" if kind == "messages" else "from"
+                return Shape(kind, f'"{name}" holds turns with "{key}"', turns=name)
+    answer = next((name for name in _ANSWERS if name in columns), "")
+    if answer and "instruction" in columns and wanted in ("auto", "alpaca"):
+        why = f"instruction (+ input) → user, {answer} → assistant"
+        return Shape("alpaca", why, question="instruction", answer=answer)
+    question = next((name for name in _QUESTIONS if name in columns and name != answer), "")
+    if question and answer and wanted in ("auto", "pairs"):
+        return Shape("pairs", f"{question} → user, {answer} → assistant", question=question, answer=answer)
+    return None
+
+
+def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> dict[str, Any]:
+    """Return {"messages", "tools"?} of a row; raises ``Unusable``. Counts columns without a use in ``left_out``."""
+    columns = _columns(row)
+    used = {shape.turns, shape.question, shape.answer, *_SYSTEMS, "tools", "history"}
+    messages: list[dict[str, Any]] = []
+    system = next((columns[name] for name in _SYSTEMS if not is_blank(columns.get(name))), None)
+    if system is not None:
+        messages.append({"role": "system", "content": as_text(system, '"system"')})
+    if shape.turns:
+        given = columns.get(shape.turns)
+        if not isinstance(given, list) or not given:
+            raise Unusable(f'"{shape.turns}" is not a list of turns', f"it is {kind_of(given)}")
+        messages += [read_turn(turn, left_out) for turn in given]
+    else:
+        context = next((name for name in _CONTEXTS if name in columns), "") if shape.kind == "alpaca" else ""
+        used.add(context)
+        messages += _history(columns.get("history"))
+        messages += [
+            {"role": "user", "content": _question(columns, shape.question, context)},
+            {"role": "assistant", "content": filled_text(columns.get(shape.answer), f'"{shape.answer}"')},
+        ]
+    check_order(messages)
+    for name, value in columns.items():
+        if name not in used and not is_blank(value):
+            left_out[name] = left_out.get(name, 0) + 1
+    tools = read_tools(columns.get("tools"))
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _question(columns: dict[str, Any], name: str, context: str) -> str:
+    """The question; for Alpaca rows the instruction and, after a blank line, the input where there is one."""
+    if not context or is_blank(columns[context]):
+        return filled_text(columns.get(name), f'"{name}"')
+    extra = as_text(columns[context], f'"{context}"')
+    return extra if is_blank(columns.get(name)) else f"{as_text(columns[name], name)}\n\n{extra}"
+
+
+def _history(value: Any) -> list[dict[str, Any]]:
+    if is_blank(value):
+        return []
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise Unusable('"history" is not a list of [question, answer] pairs')
+    messages = []
+    for question, answer in value:
+        messages.append({"role": "user", "content": filled_text(question, "a question in history")})
+        messages.append({"role": "assistant", "content": filled_text(answer, "an answer in history")})
+    return messages

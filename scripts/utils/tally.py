@@ -1,0 +1,67 @@
+"""What became of the rows: every row in is out, rejected with a reason, or a duplicate; never simply gone."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from scripts.utils import files
+from scripts.utils.errors import UserError
+from scripts.utils.records import Record
+
+REJECTED = "rejected.jsonl"
+
+
+@dataclass
+class Tally:
+    """Counts by file; ``splits`` by split, ``reasons`` by reason with one example (file:line) each."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    duplicates: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, str] = field(default_factory=dict)
+    straddling: int = 0  # rows of given train (or val) files whose question, not whose answer, stands in a later split
+
+    def check(self) -> None:
+        """Rows in = out + rejected + duplicates, for each file; anything else is a bug."""
+        for name, count in self.rows.items():
+            if count != self.kept[name] + self.rejected[name] + self.duplicates[name]:
+                raise RuntimeError(f"{name}: {count} rows in are not the sum of out, rejected and duplicates")
+        if self.kept.total() != self.splits.total():
+            raise RuntimeError("the splits do not hold the rows that were kept")
+
+
+def reject(record: Record, output: IO[bytes], tally: Tally) -> None:
+    """Write the row with its place and reason, and count it."""
+    raw = record.raw
+    tally.rejected[raw.file] += 1
+    tally.reasons[record.reason] += 1
+    place = f"{raw.file}:{raw.line}"
+    tally.examples.setdefault(record.reason, f"{place} ({record.detail})" if record.detail else place)
+    why = f"{record.reason} ({record.detail})" if record.detail else record.reason
+    row: dict[str, Any] = {"file": raw.file, "line": raw.line, "reason": why}
+    try:
+        line = files.json_line(row | {"row": raw.text or raw.value})
+    except RecursionError:
+        line = files.json_line(row | {"row": None})
+    output.write(line)
+
+
+def refuse_bad_data(tally: Tally, max_rejected: float) -> None:
+    """Raise ``UserError`` when more rows were rejected than allowed, or when none is left."""
+    rows, rejected, kept = tally.rows.total(), tally.rejected.total(), tally.kept.total()
+    share = rejected / rows
+    if kept and share <= max_rejected:
+        return
+    top = [f"{count:,} × {reason}, first at {tally.examples[reason]}" for reason, count in tally.reasons.most_common(3)]
+    limit = f"more than data.max_rejected allows ({max_rejected:.0%})" if kept else "so none is left"
+    enough = math.ceil(share * 100) / 100
+    way_on = f'mend these rows, or go on without them: SET="data.max_rejected={enough}" lists each in {REJECTED}'
+    raise UserError(
+        "\n       ".join([f"{rejected:,} of {rows:,} rows cannot be used, {limit}:", *top]),
+        way_on if kept else "mend these rows; nothing was changed",
+    )

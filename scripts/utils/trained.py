@@ -1,0 +1,166 @@
+"""A model as a run left it: the base with its adapter, the fully tuned model, or the merged one.
+
+All facts (base model, precision, quantisation, template) come from the run's stamp and its adapter folder, never from
+a config that may have been edited since.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from scripts.utils import model_store, stamp
+from scripts.utils.backends import load_causal_lm
+from scripts.utils.chat import Template, choose_template, load_tokenizer
+from scripts.utils.errors import RefusedError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from scripts.utils.hardware import Hardware, Precision
+
+Which = Literal["tuned", "base", "merged"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model ready to answer. ``max_length`` is its context limit in tokens; ``stamp`` is empty without a run."""
+
+    run: str
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    template: Template
+    device: str
+    precision: str
+    stamp: dict[str, Any]
+    kind: Literal["adapter", "full", "merged", "base"]
+    stop_ids: list[int]
+    max_length: int
+
+
+def load_trained(run: str, *, which: Which = "tuned") -> Trained:
+    """Load what a run left. Raises ``UserError`` when the run, its adapter or its merged model is not there."""
+    facts = stamp.require(run)
+    adapter = stamp.adapter_folder(run)
+    folder = stamp.run_folder(run) / "merged" if which == "merged" else adapter
+    if which == "merged" and not (folder / "config.json").is_file():
+        raise UserError(
+            f"run {run!r} has no merged model (looked in {folder.absolute()})", f"run: make merge RUN={run}"
+        )
+    full = facts["tuning"]["mode"] == "full"
+    needed = folder / ("config.json" if full or which == "merged" else "adapter_config.json")
+    if which == "tuned" and not needed.is_file():
+        ended = facts["starts"][-1]["ended"]
+        raise UserError(
+            f"run {run!r} has no adapter (looked for {needed.absolute()}); its last start ended: {ended}",
+            f"finish it: make train RUN={run} with the same CONFIG; or ask for the base model with --which base",
+        )
+    tokenizer = load_tokenizer(folder if folder.is_dir() else _base_path(facts))
+    template = choose_template(tokenizer, "auto")
+    hardware, precision = _inference_precision(facts["precision"]["actual"])
+    quantised = facts["tuning"]["mode"] == "qlora"
+    path = folder if which == "merged" or (full and which == "tuned") else _base_path(facts)
+    model = load_causal_lm(path, precision=precision, device=hardware.device, quantised=quantised and which != "merged")
+    kind: Literal["adapter", "full", "merged", "base"] = (
+        "merged" if which == "merged" else "base" if which == "base" else "full"
+    )
+    if which == "tuned" and not full:
+        model = attach_adapter(model, adapter)
+        kind = "adapter"
+    return _ready(run, model, tokenizer, template, hardware.device, precision, facts, kind)
+
+
+def load_base_model(name: str, revision: str | None = None) -> Trained:
+    """A model without any run: hub id, folder or embedded/…, with its own template."""
+    path = model_store.resolve(name, revision).path
+    tokenizer = load_tokenizer(path)
+    hardware, precision = _inference_precision(None)
+    model = load_causal_lm(path, precision=precision, device=hardware.device)
+    return _ready("", model, tokenizer, choose_template(tokenizer, "auto"), hardware.device, precision, {}, "base")
+
+
+def attach_adapter(model: Any, adapter: Path) -> Any:
+    """Put the adapter on the base model and prove that every weight of its file found its place.
+
+    PEFT only warns when keys do not match. Raises ``RefusedError`` for a pickled, damaged or foreign adapter.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise RefusedError(
+            f"{weights.absolute()} is missing", "only safetensors adapters are loaded; train the run again"
+        )
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            wanted = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        raise RefusedError(
+            f"{adapter.absolute()}: the adapter does not load: {error}", "it is damaged or of another base"
+        ) from error
+    from peft import get_peft_model_state_dict
+
+    loaded = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    if not wanted or wanted != loaded:
+        odd = sorted(set(wanted.items()) ^ set(loaded.items()))[:3]
+        raise RefusedError(
+            f"{adapter.absolute()}: its weights do not fit this base model, e.g. {odd}", "use the base of its stamp"
+        )
+    model.eval()
+    return model
+
+
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within this block the base model answers, from the same weights."""
+    with model.disable_adapter():
+        yield
+
+
+def _base_path(facts: dict[str, Any]) -> Path:
+    """The run's base model, resolved again and proven to be the same bytes."""
+    path = model_store.resolve(facts["model"]["name"], facts["model"].get("revision")).path
+    if (known := facts["model"].get("path_hash")) and model_store.content_hash(path) != known:
+        raise RefusedError(
+            f"the model {facts['model']['name']} in {path} is not the one this run was trained on",
+            "restore that model, or train a new run on this one",
+        )
+    return path
+
+
+def _inference_precision(trained_in: str | None) -> "tuple[Hardware, Precision]":
+    """The precision that the run was trained in, where this machine has it; else the best it has."""
+    from scripts.utils import hardware
+
+    machine = hardware.detect()
+    if trained_in in ("bf16", "fp16", "fp32") and hardware.supported(trained_in, machine)[0]:  # type: ignore[arg-type]
+        return machine, trained_in  # type: ignore[return-value]
+    return machine, hardware.best_precision(machine)[0]
+
+
+def _ready(
+    run: str,
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    device: str,
+    precision: str,
+    facts: dict[str, Any],
+    kind: Any,
+) -> Trained:
+    model.eval()
+    model.config.use_cache = True
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return Trained(
+        run, model, tokenizer, template, device, precision, facts, kind, stop_ids(model, tokenizer), int(limit)
+    )
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Whole ids that end an answer: those of the generation config and the tokenizer's end token."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)

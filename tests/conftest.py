@@ -1,0 +1,65 @@
+"""Fixtures that several test files share."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_make_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests started by make must not inherit the variables that make hands over."""
+    for name in [
+        name for name in os.environ if name.startswith("SFT_") and name not in ("SFT_MODEL_CACHE", "SFT_ENV_PYTHON")
+    ]:
+        monkeypatch.delenv(name)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: a tiny random Llama with the real SmolLM2 tokenizer and template."""
+    from tests.tiny_models import smollm2_tokenizer, tiny_llama
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama().save_pretrained(folder)
+    smollm2_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Make a working folder with raw rows and a config for the tiny model; the current folder moves there."""
+
+    def make(rows: int = 24, **train: Any) -> Path:
+        raw = tmp_path / "data" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        lines = [{"question": f"How much is {n} plus {n + 1}?", "answer": f"It is {2 * n + 1}."} for n in range(rows)]
+        (raw / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        settings = {
+            "epochs": 1,
+            "gradient_accumulation": 2,
+            "learning_rate": 0.003,
+            "logging_steps": 1,
+            "precision": "fp32",
+            **train,
+        }
+        config = {
+            "model": {"name": str(tiny_model)},
+            "data": {"raw": "data/raw/sums.jsonl"},
+            "render": {"max_length": 128},
+            "tuning": {"mode": "lora"},
+            "lora": {"r": 4, "alpha": 8},
+            "train": settings,
+        }
+        (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return make

@@ -1,0 +1,79 @@
+"""Precision is resolved against the hardware, tested without a GPU by feeding capabilities in."""
+
+import pytest
+
+from scripts.utils.errors import MachineError
+from scripts.utils.hardware import Hardware, best_precision, choose_precision, supported
+from scripts.utils.schema import TrainSection
+
+GIB = 2**30
+PASCAL = Hardware("cuda", "GTX 1080", 8 * GIB, (6, 1))
+TURING = Hardware("cuda", "RTX 2060", 6 * GIB, (7, 5))
+AMPERE = Hardware("cuda", "RTX 3060", 12 * GIB, (8, 6))
+ADA = Hardware("cuda", "RTX 4060", 8 * GIB, (8, 9))
+HOPPER = Hardware("cuda", "H100", 80 * GIB, (9, 0))
+BLACKWELL = Hardware("cuda", "RTX 5060", 8 * GIB, (12, 0))
+MAXWELL = Hardware("cuda", "GTX 960", 4 * GIB, (5, 2))
+MPS = Hardware("mps", "Apple M3", 16 * GIB)
+CPU = Hardware("cpu", "old CPU", 16 * GIB)
+CPU_BF16 = Hardware("cpu", "new CPU", 16 * GIB, cpu_bf16_faster=True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "auto"),
+    [
+        (MAXWELL, "fp32"),
+        (PASCAL, "fp16"),
+        (TURING, "fp16"),
+        (AMPERE, "bf16"),
+        (ADA, "bf16"),
+        (HOPPER, "bf16"),
+        (BLACKWELL, "bf16"),
+        (MPS, "bf16"),
+        (CPU, "fp32"),
+        (CPU_BF16, "bf16"),
+    ],
+)
+def test_auto_takes_what_each_generation_does_best(machine: Hardware, auto: str) -> None:
+    assert best_precision(machine)[0] == auto
+    choice = choose_precision(TrainSection(), machine)
+    assert (choice.requested, choice.actual, choice.changed) == ("auto", auto, False)
+
+
+@pytest.mark.parametrize(
+    ("train", "machine", "actual", "changed"),
+    [
+        ({"fp16": True}, ADA, "fp16", False),
+        ({"bf16": True}, ADA, "bf16", False),
+        ({"bf16": True}, TURING, "fp16", True),
+        ({"fp16": True}, CPU, "fp32", True),
+        ({"bf16": True}, CPU, "bf16", False),
+        ({"bf16": True, "fp16": True}, ADA, "bf16", True),
+        ({"bf16": True, "fp16": True}, TURING, "fp16", True),
+        ({"fp16": True}, MPS, "bf16", True),
+        ({"precision": "fp32"}, ADA, "fp32", False),
+        ({"precision": "bf16"}, PASCAL, "fp16", True),
+        ({"bf16": False, "fp16": False}, ADA, "bf16", False),
+    ],
+)
+def test_what_was_asked_for_is_kept_where_it_runs_and_replaced_aloud_where_not(
+    train: dict[str, object], machine: Hardware, actual: str, changed: bool
+) -> None:
+    choice = choose_precision(TrainSection(**train), machine)  # type: ignore[arg-type]
+    assert (choice.actual, choice.changed) == (actual, changed)
+    assert choice.why
+
+
+def test_a_replacement_names_both_precisions() -> None:
+    choice = choose_precision(TrainSection(bf16=True), TURING)
+    assert choice.requested == "bf16" and "Ampere" in choice.why
+
+
+@pytest.mark.parametrize("train", [{"bf16": True}, {"bf16": True, "fp16": True}])
+def test_strict_refuses_instead_of_replacing(train: dict[str, bool]) -> None:
+    with pytest.raises(MachineError):
+        choose_precision(TrainSection(precision_strict=True, **train), TURING)  # type: ignore[arg-type]
+
+
+def test_every_answer_comes_with_a_reason() -> None:
+    assert all(supported(p, m)[1] for p in ("bf16", "fp16", "fp32") for m in (PASCAL, ADA, MPS, CPU))  # type: ignore[arg-type]

@@ -1,0 +1,372 @@
+"""What infer promises: the model asked for, one answer a prompt, and prompts as in training."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import infer
+from scripts.utils import chat_session, encoding, files, prompts, stages, trained
+from scripts.utils.errors import UserError
+from scripts.utils.schema import InferSection
+from tests.tiny_models import CHATS, RUN, SYSTEM, enter_run
+
+QUESTION, ANSWER = CHATS[2]  # a question of two lines
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter_run(tmp_path, monkeypatch)
+
+
+def ask(*flags: str) -> int:
+    return infer.main(["--config", "c.yaml", *flags])
+
+
+def predictions(path: str = f"outputs/{RUN}/predictions.jsonl") -> list[dict[str, Any]]:
+    return list(files.read_jsonl(Path(path)))
+
+
+# --- one prompt
+
+
+def test_a_prompt_with_a_line_break_is_one_prompt_and_only_its_answer_is_on_stdout(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "\n" in QUESTION
+    assert ask("--prompt", QUESTION) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ANSWER + "\n"
+    assert f"adapters/{RUN}" in captured.err
+
+
+def test_stdin_is_one_prompt_too(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(QUESTION.encode() + b"\n")))
+    assert ask("--prompt", "-") == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+
+
+def test_which_chooses_the_base_model_and_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("--which", "base", "--prompt", QUESTION) == 0
+    captured = capsys.readouterr()
+    assert captured.out not in ("", ANSWER + "\n")
+    assert "base model" in captured.err
+
+
+def test_a_missing_adapter_is_an_error_naming_its_path_never_the_base_model(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(f"adapters/{RUN}")
+    assert ask("--prompt", QUESTION) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(Path(f"adapters/{RUN}").absolute()) in captured.err
+
+
+def test_a_missing_merged_model_is_an_error_that_says_how_to_make_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask("--which", "merged", "--prompt", "hi") == 2
+    assert f"make merge RUN={RUN}" in capsys.readouterr().err
+
+
+def test_temperature_zero_from_flag_beats_the_configs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for seed in ("1", "2"):
+        assert ask("--set", "infer.temperature=50", "--temperature", "0", "--seed", seed, "--prompt", QUESTION) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers == [ANSWER + "\n"] * 2
+    assert ask("--temperature", "50", "--prompt", QUESTION) == 0
+    assert capsys.readouterr().out != ANSWER + "\n"
+
+
+def test_an_answer_cut_at_the_limit_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("--max-new-tokens", "3", "--prompt", QUESTION) == 0
+    assert "cut at 3 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "a", "--input", "b"], "--prompt and --input"),
+        (["--input", ""], "no input file"),
+        (["--input", "gone.jsonl"], "gone.jsonl"),
+        (["--model", "x", "--which", "base", "--prompt", "a"], "--model is a model without a run"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature is -1"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p is 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--prompt", "word " * 300], "limit is 256"),
+        ([], "no terminal"),
+    ],
+)
+def test_wrong_arguments_are_one_message_and_exit_2(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert ask(*flags) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.out == ""
+
+
+# --- the system message and the renderer
+
+
+def test_the_system_message_of_training_is_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter_run(tmp_path, monkeypatch, style=True)
+    assert ask("--prompt", QUESTION) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ANSWER + "\n"
+    assert f"as in training: {SYSTEM}" in captured.err
+    assert ask("--system", "", "--prompt", QUESTION) == 0
+    assert "no system message" in capsys.readouterr().err
+
+
+def test_inference_sends_the_ids_that_training_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batch prompts made from the trained rows: the ids handed to the model equal the trained ids up to the answer."""
+    enter_run(tmp_path, monkeypatch, style=True)
+    rows = list(files.read_jsonl(stages.folder("render", "demo") / "train.jsonl"))
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question, _ in CHATS))
+    sent: list[list[int]] = []
+    from scripts.utils import generation
+
+    real = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, t, ids, **k: sent.extend(ids) or real(m, t, ids, **k))
+    assert ask("--input", "p.jsonl") == 0
+    tokenizer = trained.load_trained(RUN, which="base").tokenizer
+    for row, ids in zip(rows, sent, strict=True):
+        seen = encoding.encode(tokenizer, row["text"], row["spans"])
+        assert ids == seen.ids[: seen.trained.index(True)]
+
+
+def test_a_chat_with_its_own_system_message_keeps_it() -> None:
+    own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
+    assert prompts.with_system(own, SYSTEM) == own
+    assert prompts.with_system(own, SYSTEM, replace=True)[0]["content"] == SYSTEM
+    assert prompts.with_system(own[1:], SYSTEM) == [{"role": "system", "content": SYSTEM}, own[1]]
+
+
+# --- files of prompts
+
+
+def test_n_prompts_give_n_answers_in_their_order_with_their_ids(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": QUESTION, "id": "two lines"},
+        {"user": CHATS[0][0]},
+        {"messages": [{"role": "user", "content": CHATS[4][0]}], "id": 7},
+        {"prompt": QUESTION},
+    ]
+    Path("p.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    assert ask("--input", "p.jsonl") == 0
+    found = predictions()
+    assert [row["id"] for row in found] == ["two lines", 2, 7, 4]
+    assert [row["answer"] for row in found] == [ANSWER, CHATS[0][1], CHATS[4][1], ANSWER]
+    assert [row["line"] for row in found] == [1, 3, 5, 7]
+    assert all(row["finished"] for row in found)
+    assert "4 answers" in capsys.readouterr().out
+
+
+def test_three_text_lines_give_three_answers_whatever_characters_they_hold(run: Path) -> None:
+    """Only a line feed ends a line: U+2028, form feed and the like stand inside a prompt."""
+    Path("p.txt").write_text("hello\u2028there\x0b\x0cyou\x85\r\n\n  \nthanks\nlast", encoding="utf-8")
+    assert ask("--input", "p.txt", "--output", "out/a.jsonl") == 0
+    found = predictions("out/a.jsonl")
+    assert [row["messages"][-1]["content"] for row in found] == ["hello\u2028there\x0b\x0cyou\x85", "thanks", "last"]
+    assert found[1]["answer"] == CHATS[4][1]
+
+
+def test_a_whole_file_is_one_prompt(run: Path) -> None:
+    Path("p.txt").write_text(QUESTION + "\n")
+    assert ask("--input", "p.txt", "--whole-file") == 0
+    (row,) = predictions()
+    assert row["answer"] == ANSWER
+
+
+def test_limit_takes_the_first_prompts(run: Path) -> None:
+    Path("p.txt").write_text("thanks\nhello\nthanks\n")
+    assert ask("--input", "p.txt", "--limit", "2") == 0
+    assert [row["answer"] for row in predictions()] == [CHATS[4][1], CHATS[3][1]]
+
+
+def test_training_rows_are_asked_without_their_answer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
+    Path("p.jsonl").write_text(json.dumps(row) + "\n")
+    assert ask("--input", "p.jsonl") == 0
+    (found,) = predictions()
+    assert found["answer"] == found["reference"] == ANSWER
+    assert "not shown to the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{broken", "not valid JSON"),
+        ('{"text": "hi"}', 'no "messages", "prompt" or "user"'),
+        ('{"prompt": ""}', '"prompt" is empty'),
+        ('{"prompt": 5}', '"prompt" is empty or no text'),
+        ('["hi"]', ""),
+        ('{"messages": []}', "empty or no list"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "message 1"),
+        ('{"messages": [{"role": "user"}]}', 'no text in "content"'),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "must end with a user"),
+    ],
+)
+def test_a_broken_line_is_named_before_any_answer(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"p\.jsonl:2") as caught:
+        prompts.read(path)
+    assert said in caught.value.message
+
+
+def test_broken_input_leaves_no_output_behind(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.jsonl").write_text('{"prompt": "fine"}\n{"prompt"\n')
+    assert ask("--input", "p.jsonl") == 2
+    assert "p.jsonl:2" in capsys.readouterr().err
+    assert not Path(f"outputs/{RUN}/predictions.jsonl").exists()
+    Path("p.jsonl").write_text('{"prompt": "fine"}\n')
+    assert ask("--input", "p.jsonl", "--output", "p.jsonl") == 2
+    assert "input file itself" in capsys.readouterr().err
+
+
+def test_bytes_that_are_not_utf8_and_unknown_kinds_are_named(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"fine\nfa\xe7ade\n")
+    with pytest.raises(UserError, match=r"p\.txt:2"):
+        prompts.read(tmp_path / "p.txt")
+    (tmp_path / "p.docx").write_bytes(b"x")
+    with pytest.raises(UserError, match="docx"):
+        prompts.read(tmp_path / "p.docx")
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no prompts"):
+        prompts.read(tmp_path / "p.jsonl")
+
+
+# --- chat
+
+
+def converse(monkeypatch: pytest.MonkeyPatch, lines: list[Any], **settings: Any) -> None:
+    """Type ``lines`` into a chat; an exception among them is raised at the prompt."""
+
+    def type_line(_: str) -> str:
+        line = left.pop(0) if left else EOFError()
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    left = list(lines)
+    monkeypatch.setattr("builtins.input", type_line)
+    chat_session.chat(trained.load_trained(RUN), InferSection(max_new_tokens=24, **settings), None)
+    assert not left, f"the chat ended before {left}"
+
+
+def test_chat_answers_commands_and_ends_at_eof(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converse(monkeypatch, ["", "/help", "/frobnicate now", "/system", "/system Be kind.", "thanks", "/reset"])
+    captured = capsys.readouterr()
+    assert "/reset" in captured.out and "unknown command /frobnicate" in captured.out
+    assert "(no system message)" in captured.out and "(system message: Be kind.)" in captured.out
+    assert "conversation forgotten" in captured.out
+
+
+def test_chat_remembers_until_reset(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[dict[str, Any]]] = []
+    real = chat_session.render_prompt
+    monkeypatch.setattr(
+        chat_session, "render_prompt", lambda t, k, messages: seen.append(messages) or real(t, k, messages)
+    )
+    converse(monkeypatch, ["thanks", "hello", "/reset", "//etc", "/exit"])
+    assert [[m["role"] for m in messages] for messages in seen] == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert seen[1][1]["content"] == CHATS[4][1]
+    assert seen[2][0]["content"] == "/etc"
+    assert f"model> {CHATS[4][1]}\n" in capsys.readouterr().out
+
+
+def test_chat_survives_a_message_beyond_the_context(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converse(monkeypatch, ["word " * 300, "thanks"])
+    captured = capsys.readouterr()
+    assert "limit is 256" in captured.err
+    assert CHATS[4][1] in captured.out
+
+
+def test_ctrl_c_at_the_prompt_hints_first_and_leaves_the_second_time(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converse(monkeypatch, [KeyboardInterrupt(), "/help", KeyboardInterrupt(), KeyboardInterrupt()])
+    assert capsys.readouterr().err.count("once more leaves") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal sent while the model writes; the chat goes on."""
+    seen: list[list[dict[str, Any]]] = []
+    real = chat_session.render_prompt
+    monkeypatch.setattr(
+        chat_session, "render_prompt", lambda t, k, messages: seen.append(messages) or real(t, k, messages)
+    )
+    from scripts.utils import generation
+
+    whole = generation.stream
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        for number, piece in enumerate(whole(*arguments, **options)):
+            yield piece
+            if number == 1 and len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(generation, "stream", interrupted)
+    converse(monkeypatch, [QUESTION, "thanks"])
+    assert "stopped" in capsys.readouterr().err
+    partial = seen[1][1]["content"]
+    assert ANSWER.startswith(partial) and 0 < len(partial) < len(ANSWER)
+
+
+@pytest.mark.slow
+def test_chat_on_a_real_terminal(run: Path) -> None:
+    """The program itself on a pseudo terminal: answers, stops at Ctrl-C, and exits with 0."""
+    main_end, terminal = pty.openpty()
+    command = [sys.executable, str(REPO / "scripts/infer.py"), "--config", "c.yaml", "--run", RUN]
+    program = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, close_fds=True
+    )
+    os.close(terminal)
+    shown = b""
+
+    def wait_for(text: bytes, seconds: float = 180) -> None:
+        nonlocal shown
+        end = time.monotonic() + seconds
+        while text not in shown:
+            assert time.monotonic() < end, shown.decode(errors="replace")
+            shown += os.read(main_end, 4096)
+
+    wait_for(b"you> ")
+    os.write(main_end, b"thanks\n")
+    wait_for(CHATS[4][1].encode())
+    wait_for(b"you> ")
+    program.send_signal(signal.SIGINT)
+    wait_for(b"once more leaves")
+    os.write(main_end, b"/exit\n")
+    assert program.wait(60) == 0
+    os.close(main_end)

@@ -1,0 +1,107 @@
+"""render: reads the newest stage, writes exactly what is trained on, loses no row in silence."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import process, render, style
+from scripts.utils import files, stages
+from scripts.utils.config import load_config
+from scripts.utils.errors import UserError
+
+
+def step(module: Any, *words: str, overrides: str = "") -> None:
+    arguments = module.build_parser().parse_args(["--config", "tiny.yaml", *words])
+    flags = {"style.text": getattr(arguments, "style", None)}
+    module.work(arguments, load_config("tiny.yaml", overrides, flags))
+
+
+def rows(split: str = "train") -> list[dict[str, Any]]:
+    return list(files.read_jsonl(Path("data/rendered/sums") / f"{split}.jsonl"))
+
+
+def test_render_writes_the_template_text_and_its_spans(project: Callable[..., Path]) -> None:
+    project()
+    step(process)
+    step(render)
+    row = rows()[0]
+    assert row["text"].startswith("<|im_start|>system") and row["text"].endswith("<|im_end|>\n")
+    assert [row["text"][a:b] for a, b in row["spans"]] == [row["reference"] + "<|im_end|>"]
+    manifest = stages.read_manifest(Path("data/rendered/sums"))
+    assert manifest is not None and manifest["rows_in"] == manifest["rows_out"] + manifest["rejected"] == 24
+    assert manifest["tokens"]["trained"] == sum(r["trained_tokens"] for s in stages.SPLITS for r in rows(s))
+
+
+def test_render_takes_the_styled_rows_once_they_are_there_and_says_so(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project()
+    step(process)
+    step(render)
+    assert "no style was asked for" in capsys.readouterr().err
+    step(style, "--style", "Answer like a pirate: $HOME 'yes' \"no\" `x`")
+    step(render)
+    assert "the newest stage" in capsys.readouterr().err
+    assert all("Answer like a pirate: $HOME 'yes' \"no\" `x`<|im_end|>" in row["text"] for row in rows())
+
+
+def test_render_is_up_to_date_until_an_input_or_setting_changes(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = project()
+    step(process)
+    step(render)
+    capsys.readouterr()
+    step(render)
+    assert "up to date" in capsys.readouterr().err
+    step(render, overrides="render.train_on=all")
+    assert "up to date" not in capsys.readouterr().err
+    with (folder / "data/raw/sums.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "One more?", "answer": "Yes."}) + "\n")
+    step(process)
+    step(render, overrides="render.train_on=all")
+    assert sum(len(rows(split)) for split in stages.SPLITS) == 25
+
+
+def test_rows_that_are_too_long_are_counted_and_kept_aside_never_cut(project: Callable[..., Path]) -> None:
+    folder = project()
+    with (folder / "data/raw/sums.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "long?", "answer": "word " * 500}) + "\n")
+    step(process)
+    step(render)
+    aside = list(files.read_jsonl(Path("data/rendered/sums/rejected.jsonl")))
+    assert len(aside) == 1 and "longer than render.max_length" in aside[0]["reason"]
+    assert aside[0]["messages"][-1]["content"] == "word " * 500
+    with pytest.raises(UserError, match="longer than"):
+        step(render, overrides="render.too_long=error")
+
+
+def test_a_refusal_leaves_the_earlier_rows_as_they_were(project: Callable[..., Path]) -> None:
+    project()
+    step(process)
+    step(render)
+    before = rows()
+    with pytest.raises(UserError, match="no train row is left"):
+        step(render, overrides="render.max_length=8")
+    assert rows() == before
+
+
+def test_rows_that_the_vocabulary_cannot_express_are_named(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = project()
+    with (folder / "data/raw/sums.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "odd \x1d?", "answer": "Yes."}) + "\n")
+    step(process)
+    step(render)
+    assert "cannot express" in capsys.readouterr().err
+
+
+def test_render_without_processed_rows_says_what_to_run(project: Callable[..., Path]) -> None:
+    project()
+    with pytest.raises(UserError) as caught:
+        step(render)
+    assert "make process" in caught.value.hint

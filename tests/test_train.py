@@ -1,0 +1,418 @@
+"""train: what the config says is what runs, what the stamp says is what ran, and nothing is lost on the way."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import process, render, train
+from scripts.utils import callbacks, files, stamp
+from scripts.utils.config import load_config
+from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
+
+RUN = "tiny-sums"
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run_steps(*words: str, overrides: str = "", flags: dict[str, Any] | None = None) -> None:
+    config = load_config("tiny.yaml", overrides, flags)
+    for module in (process, render):
+        module.work(module.build_parser().parse_args(["--config", "tiny.yaml"]), config)
+    train.work(train.build_parser().parse_args(["--config", "tiny.yaml", *words]), config)
+
+
+def metrics(run: str = RUN) -> list[dict[str, Any]]:
+    return list(files.read_jsonl(Path("outputs") / run / "metrics.jsonl"))
+
+
+def losses(run: str = RUN) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in metrics(run) if "loss" in entry}
+
+
+def weights(run: str = RUN) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(Path("adapters") / run / "adapter_model.safetensors")
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_it_promises(project: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    project(epochs=2)
+    run_steps()
+    out = Path("outputs") / RUN
+    assert {p.name for p in out.iterdir()} >= {"backend.json", "config.yaml", "metrics.jsonl", "tensorboard"}
+    adapter = Path("adapters") / RUN
+    names = {p.name for p in adapter.iterdir()}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+        "generation_config.json",
+    }
+    assert any(float(value.abs().max()) > 0 for name, value in weights().items() if "lora_B" in name)
+    facts = stamp.require(RUN)
+    assert facts["status"] == "finished" and facts["starts"][-1]["ended"] == "finished"
+    assert facts["backend"] == {"requested": "bitsandbytes", "actual": "bitsandbytes", "fallback_reason": None}
+    assert facts["precision"]["actual"] == "fp32" and facts["data"]["splits"]["train"] > 0
+    assert set(facts["tuning"]["target_modules"]) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    text = capsys.readouterr()
+    assert "is trained" in text.out and "tok/s" in text.err and "left" in text.err
+    assert not list(out.rglob("training_args.bin")), "the stock file is a pickle and may hold a token"
+    assert not list(Path("outputs").rglob("*.tmp"))
+
+
+def test_the_loss_falls_and_validation_is_logged(project: Callable[..., Path]) -> None:
+    project(epochs=4)
+    run_steps()
+    seen = losses()
+    assert seen[max(seen)] < seen[1]
+    evals = [entry for entry in metrics() if "eval_loss" in entry]
+    assert len(evals) == 4
+    assert all(
+        entry["eval_perplexity"] == pytest.approx(2.718281828 ** entry["eval_loss"], rel=1e-6) for entry in evals
+    )
+
+
+def test_tensorboard_holds_the_scalars(project: Callable[..., Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    project()
+    run_steps()
+    events = EventAccumulator(str(Path("outputs") / RUN / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "memory_gib"}
+    assert {f"train/{name}" for name in wanted} <= tags and "eval/loss" in tags
+
+
+def test_learning_rate_schedule_and_warmup_are_the_configs(project: Callable[..., Path]) -> None:
+    project()
+    run_steps(overrides="train.lr=0.002 train.scheduler=linear train.warmup=2 train.max_steps=6 run.name=a")
+    rates = [entry["learning_rate"] for entry in metrics("a") if "learning_rate" in entry]
+    assert rates == pytest.approx([0.0, 0.001, 0.002, 0.0015, 0.001, 0.0005])
+    run_steps(overrides="train.lr=0.002 train.scheduler=constant train.max_steps=3 run.name=b")
+    assert [e["learning_rate"] for e in metrics("b") if "learning_rate" in e] == pytest.approx([0.002] * 3)
+
+
+def test_every_training_key_reaches_the_trainer(project: Callable[..., Path]) -> None:
+    project()
+    from scripts.utils.hardware import Hardware
+    from scripts.utils.training import optimizer_name, training_arguments
+
+    cpu, card, small = (Hardware(d, d, m) for d, m in (("cpu", 2**34), ("cuda", 2**35), ("cuda", 2**33)))  # type: ignore[arg-type]
+    config = load_config(
+        "tiny.yaml",
+        "train.lr=0.01 train.scheduler=constant_with_warmup train.warmup=0.5 train.weight_decay=0.1 train.max_grad_norm=0.5 "
+        "train.optimizer=adamw_torch_fused train.seed=7 tracking.report_to=[]",
+    )
+    arguments = training_arguments(config, Path("outputs/x"), cpu, "bf16", 10)
+    assert arguments.learning_rate == 0.01 and arguments.lr_scheduler_type == "constant_with_warmup"
+    assert (arguments.warmup_steps, arguments.weight_decay, arguments.max_grad_norm, arguments.seed) == (5, 0.1, 0.5, 7)
+    assert arguments.bf16 and not arguments.fp16 and arguments.max_steps == 10 and arguments.report_to == []
+    assert optimizer_name(config, cpu) == "adamw_torch_fused"
+    auto = load_config("tiny.yaml")
+    assert [optimizer_name(auto, m) for m in (cpu, card, small)] == [
+        "adamw_torch",
+        "adamw_torch_fused",
+        "paged_adamw_8bit",
+    ]
+    with pytest.raises(MachineError):
+        optimizer_name(load_config("tiny.yaml", "train.optimizer=adamw_8bit"), cpu)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(project: Callable[..., Path]) -> None:
+    import torch
+
+    project(max_steps=3)
+    run_steps(overrides="run.name=a")
+    torch.manual_seed(123)  # whatever this process did before: the adapter's first weights come from the config's seed
+    run_steps(overrides="run.name=b")
+    run_steps(overrides="run.name=c train.seed=1")
+    assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
+
+
+def test_packing_and_accumulation_change_the_speed_and_not_the_loss(project: Callable[..., Path]) -> None:
+    """All rows in one step: however they are cut into micro batches, step 1 has the same loss and gradient."""
+    project(max_steps=1, gradient_accumulation=1000)
+    shapes = ["train.packing=true", "train.packing=false train.batch_size=1", "train.packing=false train.batch_size=5"]
+    first = []
+    for number, shape in enumerate(shapes):
+        run_steps(overrides=f"run.name=r{number} {shape}")
+        first.append(next((e["loss"], e["grad_norm"]) for e in metrics(f"r{number}") if "loss" in e))
+    assert first[1] == pytest.approx(first[0], rel=1e-4) and first[2] == pytest.approx(first[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["qlora", "full"])
+def test_the_other_tuning_modes_train_and_are_stamped(project: Callable[..., Path], mode: str) -> None:
+    project(max_steps=2)
+    run_steps(overrides=f"tuning.mode={mode}")
+    facts = stamp.require(RUN)
+    assert facts["tuning"]["mode"] == mode
+    assert facts["quantisation"] == ("nf4, double" if mode == "qlora" else None)
+    wanted = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
+    assert (Path("adapters") / RUN / wanted).is_file()
+
+
+def test_unknown_target_modules_are_refused_with_those_that_exist(project: Callable[..., Path]) -> None:
+    project()
+    with pytest.raises(UserError) as caught:
+        run_steps(overrides="lora.target_modules=[query]")
+    assert "query" in caught.value.message and "q_proj" in caught.value.hint
+    run_steps(overrides="lora.target_modules=[q_proj,v_proj] train.max_steps=1")
+    assert stamp.require(RUN)["tuning"]["target_modules"] == ["q_proj", "v_proj"]
+
+
+def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal while the trainer is at ``step``, as a user's Ctrl-C would."""
+    original = callbacks.Report.on_step_begin
+
+    def begin(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(callbacks.Report, "on_step_begin", begin)
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides"),
+    [
+        (1, ""),
+        (3, "train.packing=false train.batch_size=3"),
+        (5, "lora.dropout=0.2"),
+        (4, "tuning.mode=qlora"),
+        (2, "tuning.mode=full"),
+        (4, "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=2 train.save_steps=2"),
+    ],
+)
+def test_resume_matches_an_uninterrupted_run_bit_for_bit(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, step: int, overrides: str
+) -> None:
+    project(max_steps=7)
+    run_steps(overrides=f"run.name=whole {overrides}")
+    with monkeypatch.context() as patch:
+        stop_at(step, signal.SIGINT, patch)
+        with pytest.raises(Interrupted) as caught:
+            run_steps(overrides=f"run.name=cut {overrides}")
+    assert caught.value.exit_code == 130 and f"step {step}/7" in caught.value.message
+    assert stamp.require("cut")["starts"][-1] | {} and stamp.require("cut")["status"] == "unfinished"
+    run_steps("--resume", "must", overrides=f"run.name=cut {overrides}")
+    whole, cut = losses("whole"), losses("cut")
+    assert {s: v for s, v in whole.items() if s > step} == {s: v for s, v in cut.items() if s > step}
+    name = "model.safetensors" if "full" in overrides else "adapter_model.safetensors"
+    assert files.sha256_file(Path("adapters/whole") / name) == files.sha256_file(Path("adapters/cut") / name)
+    starts = stamp.require("cut")["starts"]
+    assert [s["ended"] for s in starts] == ["interrupted", "finished"] and starts[1]["from_step"] == step
+
+
+def test_sigterm_saves_and_ends_with_143(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    project(max_steps=5)
+    stop_at(2, signal.SIGTERM, monkeypatch)
+    with pytest.raises(Interrupted) as caught:
+        run_steps()
+    assert caught.value.exit_code == 143 and (Path("outputs") / RUN / "checkpoint-2").is_dir()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_on_resume(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project(max_steps=6)
+    steps = "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1"
+    run_steps(overrides=f"run.name=whole {steps}")
+    with monkeypatch.context() as patch:
+        stop_at(4, signal.SIGINT, patch)
+        with pytest.raises(Interrupted):
+            run_steps(overrides=steps)
+    newest = Path("outputs") / RUN / "checkpoint-4" / "adapter_model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    run_steps(overrides=steps)
+    assert "passed over" in capsys.readouterr().err
+    assert stamp.require(RUN)["starts"][-1]["from_step"] == 3
+    assert same(weights("whole"), weights())
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {str(p): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_rerun_of_a_finished_run_says_so_and_changes_no_byte(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project(max_steps=2)
+    run_steps()
+    before = snapshot(Path("outputs")) | snapshot(Path("adapters"))
+    run_steps()
+    assert "already finished; nothing was trained" in capsys.readouterr().err
+    assert snapshot(Path("outputs")) | snapshot(Path("adapters")) == before
+
+
+IDENTITY = [
+    "train.lr=0.001", "train.seed=1", "train.scheduler=linear", "train.batch_size=2", "train.gradient_accumulation=1",
+    "train.packing=false", "train.warmup=0.5", "train.weight_decay=0.1", "train.max_grad_norm=2", "train.max_steps=9",
+    "train.optimizer=adamw_torch_fused", "lora.r=8", "lora.alpha=4", "lora.dropout=0.1", "lora.target_modules=[q_proj]",
+    "tuning.mode=qlora", "tuning.mode=full", "train.precision=bf16", "render.max_length=100", "render.train_on=all",
+    "render.template=chatml", "data.split_seed=1",
+]  # fmt: skip
+
+
+def test_each_setting_that_decides_the_loss_curve_is_refused_on_resume_and_named(project: Callable[..., Path]) -> None:
+    project(max_steps=2)
+    run_steps()
+    before = snapshot(Path("outputs")) | snapshot(Path("adapters"))
+    for change in IDENTITY:
+        with pytest.raises(RefusedError) as caught:
+            run_steps(overrides=change)
+        assert "then" in caught.value.message and "RUN=" in caught.value.hint, change
+    assert snapshot(Path("outputs")) | snapshot(Path("adapters")) == before
+
+
+@pytest.mark.parametrize(
+    "change", ["train.logging_steps=3", "train.save_total_limit=5", "eval.limit=3", "infer.temperature=1"]
+)
+def test_settings_that_do_not_are_accepted_on_resume(
+    project: Callable[..., Path], change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project(max_steps=1)
+    run_steps()
+    run_steps(overrides=change)
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_resume_never_refuses_an_existing_run_and_must_refuses_a_new_one(project: Callable[..., Path]) -> None:
+    project(max_steps=1)
+    with pytest.raises(RefusedError, match="nothing to resume"):
+        run_steps("--resume", "must")
+    run_steps()
+    with pytest.raises(RefusedError, match="exists already"):
+        run_steps("--resume", "never")
+
+
+def test_two_processes_never_train_into_one_run(project: Callable[..., Path]) -> None:
+    project(max_steps=1)
+    with (
+        files.file_lock(Path("outputs") / RUN / ".lock", wait_seconds=0, what="run"),
+        pytest.raises(RefusedError, match="in use"),
+    ):
+        run_steps()
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step_and_rows(
+    project: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = project(max_steps=3)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DivergedError) as caught:
+        run_steps(overrides=f"model.name={broken}")
+    assert caught.value.exit_code == 5
+    assert "step 1" in caught.value.message and "sums.jsonl:" in caught.value.message
+    assert not (folder / "adapters" / RUN).exists()
+    assert stamp.require(RUN)["starts"][-1]["ended"].startswith("failed")
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_very_few_rows_train_and_say_that_nothing_is_validated(
+    project: Callable[..., Path], count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project(rows=count, max_steps=1)
+    run_steps(overrides="data.val_fraction=0")
+    assert "no val rows" in capsys.readouterr().err
+    assert stamp.require(RUN)["status"] == "finished"
+
+
+def test_early_stopping_ends_the_run_and_the_best_checkpoint_is_exported(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project(epochs=30, learning_rate=0.5, scheduler="constant", early_stopping_patience=2)
+    run_steps()
+    evals = [entry["eval_loss"] for entry in metrics() if "eval_loss" in entry]
+    assert len(evals) < 30 and "early stop" in capsys.readouterr().err
+    from safetensors.torch import load_file
+
+    result = stamp.require(RUN)["result"]
+    assert result["best_eval_loss"] == min(evals) and "checkpoint-" in result["kept"]
+    assert same(weights(), load_file(Path(result["kept"]) / "adapter_model.safetensors"))
+
+
+def test_unsloth_that_is_not_there_falls_back_aloud_and_is_stamped_truthfully(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("unsloth"):
+        pytest.skip("Unsloth is installed here")
+    project(max_steps=3)
+    run_steps(overrides="run.name=direct")
+    run_steps(overrides="run.name=fallen tuning.backend=unsloth")
+    facts = stamp.require("fallen")["backend"]
+    assert (facts["requested"], facts["actual"]) == ("unsloth", "bitsandbytes")
+    assert "not installed" in facts["fallback_reason"]
+    assert "make install EXTRAS=unsloth" in capsys.readouterr().err
+    assert losses("fallen") == losses("direct") and same(weights("fallen"), weights("direct"))
+    with pytest.raises(MachineError):
+        run_steps(overrides="run.name=never tuning.backend=unsloth tuning.fallback=never")
+    assert not (Path("outputs") / "never" / "backend.json").exists()
+
+
+def test_train_without_rendered_rows_or_with_older_ones_says_what_to_run(project: Callable[..., Path]) -> None:
+    folder = project(max_steps=1)
+    arguments = train.build_parser().parse_args(["--config", "tiny.yaml"])
+    with pytest.raises(UserError, match="no processed rows"):
+        train.work(arguments, load_config("tiny.yaml"))
+    run_steps()
+    with (folder / "data/processed/sums/train.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "x", "messages": [], "source": {"file": "f", "line": 1}}) + "\n")
+    with pytest.raises(UserError, match="older than its inputs"):
+        train.work(arguments, load_config("tiny.yaml"))
+
+
+def test_no_token_of_the_environment_reaches_any_file_of_the_run(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_" + "S3cr3t" * 5
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    project(max_steps=1)
+    run_steps()
+    leaks = [
+        p
+        for top in ("outputs", "adapters", "data")
+        for p in Path(top).rglob("*")
+        if p.is_file() and secret.encode() in p.read_bytes()
+    ]
+    assert leaks == []
