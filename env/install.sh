@@ -130,9 +130,10 @@ project_extras=$extras
 case " $extras" in
     *" unsloth "*)
         if ! sft_has_gpu; then
-            # its other dependencies are for GPUs only; so it can be looked at here, but not trained with
+            # most of its dependencies are for GPUs only; with these two it trains on a CPU as well
             say "no GPU here: unsloth comes without its GPU-only dependencies"
-            install --no-deps -c env/constraints.txt "unsloth==$(pinned unsloth)" "unsloth_zoo==$(pinned unsloth-zoo)" ||
+            { install --no-deps -c env/constraints.txt "unsloth==$(pinned unsloth)" "unsloth_zoo==$(pinned unsloth-zoo)" &&
+                install -c env/constraints.txt --only-binary :all: datasets requests; } ||
                 fail 4 "unsloth cannot be installed (see above)" "check the connection to the package index, or leave it out of EXTRAS"
             project_extras=${extras/unsloth /}
         fi

@@ -1,7 +1,7 @@
 """Write the sample task: a customer's message goes in, one JSON object with five fixed keys comes out.
 
-Everything in a row is put together from the lists below, so the rows are ours and free to use. Wordings and items
-belong to one split only: a model that scores on test has met neither the sentence nor the product before.
+Everything in a row is put together from the lists below, so the rows are ours and free to use. No item of val or test
+occurs in train, and a quarter of their rows ask in a wording that occurs nowhere in train.
 """
 
 import argparse
@@ -29,42 +29,64 @@ WORDINGS = {
         "refund": "I want my money back for {item} | please refund {item} | can I return {item} and get a refund? | "
         "{item} {is} not what I hoped for, I'd like a refund | how do I get a refund for {item}? | "
         "I sent {item} back and still wait for my money | you charged me twice for {item}, please pay it back | "
-        "I'd like to send {item} back for a full refund | give me back what I paid for {item}",
+        "I'd like to send {item} back for a full refund | give me back what I paid for {item} | "
+        "I am not happy with {item} and expect a refund | kindly return the money I spent on {item} | "
+        "is it possible to get my money back on {item}? | {item} {is} useless to me, refund me | "
+        "when do I get the money for {item} that I returned? | I would like my payment for {item} back | "
+        "a refund for {item} would be great | the price of {item} should go back to my card | "
+        "sadly {item} {is} a bad buy, I want a refund",
         "exchange": "can I swap {item} for a bigger size? | I'd like to exchange {item} for another colour | "
         "please change {item} for a smaller model | you sent {item} in the wrong colour, can we swap? | "
         "{item} {is} too small, I need a larger size instead | I got {item} in blue but want green instead | "
         "may I trade {item} for a different model? | wrong size! please exchange {item} | "
-        "could you replace {item} with the white version?",
+        "could you replace {item} with the white version? | "
+        "I would rather have {item} in red, can you exchange {it}? | "
+        "{item} {is} too big, may I swap {it} for a smaller size? | could I get another colour in place of {item}? | "
+        "I need {item} in a longer version | the size of {item} is wrong, can I get another? | "
+        "is it possible to swap {item} for the newer model? | "
+        "{item} {is} too heavy, could I have a lighter version? | not the colour I ordered: please swap {item} | "
+        "can I have a bigger version instead of {item}?",
         "delivery": "where {is} {item}? | {item} still {has} not arrived | when will {item} arrive? | "
         "I am still waiting for {item} | the tracking of {item} has not moved for 4 days | "
         "did the courier lose {item}? | {item} should have come last week | any news on the delivery of {item}? | "
-        "my parcel with {item} is late",
+        "my parcel with {item} is late | {item} never turned up | when can I expect {item} at my door? | "
+        "it's been ten days and {item} {has} not been delivered | {item} did not show up | did you ship {item}? | "
+        "I have waited two weeks for {item} | what is the status of my delivery of {item}? | no sign of {item} yet | "
+        "the driver never brought {item}",
         "repair": "{item} stopped working | {item} broke after two weeks | {item} will not switch on any more | "
         "can someone fix {item}? | I need a repair for {item} | {item} {has} a crack, can you mend {it}? | "
-        "there is a defect in {item} | {item} came damaged, please fix {it} | a part of {item} is broken",
+        "there is a defect in {item} | {item} came damaged, please fix {it} | a part of {item} is broken | "
+        "{item} quit working yesterday | {item} {is} making a strange noise, can you repair {it}? | "
+        "who can fix the broken switch of {item}? | {item} died after 3 days | {item} keeps switching off | "
+        "{item} {has} a broken handle | how do I get {item} fixed? | {item} {is} leaking, please mend {it} | "
+        "the button of {item} is stuck, can you repair {it}?",
         "cancel": "please cancel {item} | I don't need {item} any more, please cancel | stop the order for {item} | "
         "I ordered {item} by mistake, please cancel | take {item} off my order | "
         "do not ship {item}, I changed my mind | can I still cancel {item}? | "
-        "I no longer want {item}, don't send {it} | forget my order of {item}",
+        "I no longer want {item}, don't send {it} | forget my order of {item} | "
+        "I would like to cancel my purchase of {item} | please stop {item} from being shipped | "
+        "remove {item} from my order, I don't want {it} any more | please call off the order of {item} | "
+        "{item} {is} not needed, please drop the order | I found {item} cheaper, cancel my order | "
+        "don't bother to send {item} | delete {item} from my order | I take back my order of {item}",
     },
     "val": {
         "refund": "{item} {is} a let-down, refund me please | could you pay back the price of {item}?",
         "exchange": "I would prefer {item} in black, can we swap? | {item} {is} too wide, I want a slimmer model",
         "delivery": "how long until {item} gets here? | I have not received {item} yet",
         "repair": "{item} {is} faulty, who can repair {it}? | {item} suddenly died on me",
-        "cancel": "kindly cancel my order for {item} | please don't send {item}, I found {it} elsewhere",
+        "cancel": "kindly cancel my order for {item} | cancel {item} please, I found {it} elsewhere",
     },
     "test": {
-        "refund": "I am not happy with {item} and expect a refund | kindly return the money I spent on {item} | "
-        "is it possible to get my money back on {item}?",
-        "exchange": "I would rather have {item} in red, can you exchange {it}? | "
-        "{item} {is} too big, may I swap {it} for a smaller size? | could I get another colour in place of {item}?",
-        "delivery": "{item} never turned up | when can I expect {item} at my door? | "
-        "it's been ten days and {item} {has} not been delivered",
-        "repair": "{item} quit working yesterday | {item} {is} making a strange noise, can you repair {it}? | "
-        "who can fix the broken switch of {item}?",
-        "cancel": "I would like to cancel my purchase of {item} | please stop {item} from being shipped | "
-        "remove {item} from my order, I don't want {it} any more",
+        "refund": "{item} let me down, a refund please | how can I get back the money for {item}? | "
+        "I'm returning {item}, please refund the price",
+        "exchange": "can you exchange {item} for a lighter colour? | "
+        "{item} {is} too long, I'd like a shorter model instead | I need a different size in place of {item}",
+        "delivery": "{item} did not come on Monday, where {is} {it}? | "
+        "how many days until {item} will be delivered? | have you sent {item} yet? nothing has arrived",
+        "repair": "the sound of {item} is gone, please repair {it} | {item} fell and broke, can you fix {it}? | "
+        "there is something broken inside {item}",
+        "cancel": "I have to cancel my order of {item} | please cancel {item} after all | "
+        "cancel {item}, I bought {it} in a shop",
     },
 }
 ITEMS = {
@@ -72,10 +94,18 @@ ITEMS = {
     "webcam | coffee grinder | fan | heater | monitor | camera | travel mug | drill | radio | alarm clock | "
     "vacuum cleaner | mixer | bike light | speaker | tablet | router | charger | power bank | microphone | "
     "rice cooker | sewing machine | projector | electric shaver | garden hose | air pump | step counter | "
-    "game console | steam iron | floor lamp | tent | backpack",
-    "val": "laptop stand | waffle maker | humidifier | scanner | kitchen scale | doorbell | bread slicer | ice bucket",
-    "test": "water filter | pepper mill | dehumidifier | milk frother | flashlight | car seat | hard drive | "
-    "juicer | lawn mower | wall clock | thermometer | baby monitor | drone | office chair | pressure cooker",
+    "game console | steam iron | floor lamp | tent | backpack | water filter | pepper mill | dehumidifier | "
+    "milk frother | flashlight | car seat | hard drive | juicer | lawn mower | wall clock | thermometer | "
+    "baby monitor | drone | office chair | pressure cooker | coffee machine | shower head | bed frame | bath mat | "
+    "door lock | car charger | dog bed | cat carrier | egg cooker | fish tank | foot rest | gas grill | "
+    "hand blender | ink cartridge | key holder | leaf blower | milk jug | nail gun | oil radiator | paper shredder | "
+    "rain jacket | salad spinner | shoe rack | soup pot | tea maker | tool box | tripod | umbrella | violin | "
+    "wallet | wine cooler | yoga mat | hammer | ladder | mattress topper | pillow | sofa cover | suitcase | "
+    "table fan | towel rail | video recorder | wheelchair | whisk | window blind | candle holder | cupboard | "
+    "mirror | helmet | bicycle pump | sleeping bag | hiking pole | rubber boot | bookshelf",
+    "val": "letter opener | waffle maker | humidifier | scanner | kitchen scale | doorbell | bread slicer | ice bucket",
+    "test": "garage opener | kitchen timer | dish rack | hand mixer | phone stand | guitar | bar stool | "
+    "cable reel | night light | pasta maker | swing seat | graphics card | beard trimmer | snow shovel | carpet",
 }
 NAMES = {
     "train": "Maria | Tom | Ana | Li | Omar | Ruth | Jan | Priya | Carlos | Emma | Noah | Yuki | Sven | Zoe | Ali | "
@@ -88,7 +118,7 @@ OPENERS = "Hi | Hello | Hey | Good morning | Dear team | Hi there | Hi, {name} h
 CLOSERS = "Thanks | Thank you | Best, {name} | Regards, {name} | Thanks a lot | Cheers, {name} | Many thanks"
 URGENT = (
     "it is urgent | I need this today | please hurry | as soon as possible | asap | right now please | "
-    "this is really urgent | I need an answer today | this needs a quick fix today | please be quick"
+    "this is really urgent | I need an answer today | please be quick"
 )
 CALM = "no rush | take your time | it is not urgent | whenever you have time | there is no hurry"
 ORDERS = "order {n} | my order is {n} | order number {n} | #{n} | ref {n} | order no. {n} | it's order {n}"
@@ -151,7 +181,7 @@ def make_row(random: Random, split: str, intent: str, wording: str, item: str) -
     request = fill(random, with_typo(random, wording) if random.random() < 0.25 else wording, item, quantity)
     extras = [some(ORDERS).format(n=order)] if order else []
     if mood < 0.55:
-        extras.append(some(URGENT if mood < 0.35 else CALM))
+        extras.append(pick(random, (URGENT if mood < 0.35 else CALM).split(" | ")))
     middle = shuffled(random, [request, *extras]) if random.random() < 0.4 else [request, *extras]
     name = pick(random, NAMES[split].split(" | "))
     opener = some(OPENERS).format(name=name) if random.random() < 0.6 else ""
@@ -167,24 +197,27 @@ def make_row(random: Random, split: str, intent: str, wording: str, item: str) -
 
 
 def make_split(split: str) -> list[dict[str, Any]]:
-    """The rows of one split, intents in turn; no two rows share both wording and item."""
+    """The rows of one split, intents in turn, without two of the same wording and item.
+
+    In val and test three of four turns take their wording from train, but never their item.
+    """
     random = Random(f"{SEED} {split}")
+    items = ITEMS[split].split(" | ")
     pairs = {
-        intent: shuffled(
-            random, [f"{wording} | {item}" for wording in wordings.split(" | ") for item in ITEMS[split].split(" | ")]
-        )
-        for intent, wordings in WORDINGS[split].items()
+        (source, intent): shuffled(random, [f"{wording} | {item}" for wording in text.split(" | ") for item in items])
+        for source in dict.fromkeys((split, "train"))
+        for intent, text in WORDINGS[source].items()
     }
-    intents = list(pairs)
     rows = []
     for number in range(ROWS[split]):
-        intent = intents[number % len(intents)]
-        wording, item = pairs[intent].pop().split(" | ")
+        turn, place = divmod(number, len(WORDINGS[split]))
+        intent = list(WORDINGS[split])[place]
+        wording, item = pairs["train" if turn % 4 else split, intent].pop().split(" | ")
         rows.append(make_row(random, split, intent, wording, item))
     return sorted(rows, key=lambda _: random.random())
 
 
-def write_sample(folder: Path, *, force: bool = False) -> dict[str, int]:
+def write_sample(folder: Path, *, force: bool = False) -> None:
     """Write train, val and test into ``folder``; files there that differ are a ``RefusedError`` unless ``force``."""
     splits = {split: make_split(split) for split in ROWS}
     paths = {split: Path(folder) / f"{split}.jsonl" for split in splits}
@@ -199,7 +232,7 @@ def write_sample(folder: Path, *, force: bool = False) -> dict[str, int]:
         )
     for split in changed:
         write_jsonl(paths[split], splits[split])
-    return {split: len(rows) for split, rows in splits.items()}
+    print(f"sample-data: {', '.join(f'{len(splits[split])} {split}' for split in splits)} rows in {folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,13 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=REPO_ROOT / "data" / "sample", help="default: data/sample")
     parser.add_argument("--force", action="store_true", help="overwrite files that differ")
     arguments = parser.parse_args(argv)
-    return command.guard(parser.prog, lambda: work(arguments.out, arguments.force))
-
-
-def work(folder: Path, force: bool) -> int:
-    counts = write_sample(folder, force=force)
-    print(f"sample-data: {', '.join(f'{count} {split}' for split, count in counts.items())} rows in {folder}")
-    return 0
+    return command.guard(parser.prog, lambda: write_sample(arguments.out, force=arguments.force))
 
 
 if __name__ == "__main__":

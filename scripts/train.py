@@ -25,10 +25,11 @@ from scripts.utils import (
     hardware,
     model_store,
     rendered,
-    stages,
+    resume,
     stamp,
 )
 from scripts.utils.config import run_name, to_yaml
+from scripts.utils.encoding import Encoded, Loss, fused_loss, packing_is_exact, summed_loss
 from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -85,18 +86,24 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
 def train(
     run: str,
     folder: Path,
-    resume: str,
+    resume_mode: str,
     config: "Config",
     choice: backends.BackendChoice,
     want: rendered.Wanted,
     manifest: dict[str, Any],
 ) -> None:
+    """Choose, load and stamp; then train and hand over."""
     machine = hardware.detect()
     precision = hardware.choose_precision(config.train, machine)
     model_files = model_store.resolve(config.model.name, config.model.revision)
-    identity = identity_of(config, choice, precision.actual, model_store.content_hash(model_files.path), manifest)
-    checkpoint = decide_start(run, folder, resume, identity)
-    if checkpoint == "finished":
+    model_hash = model_store.content_hash(model_files.path)
+    identity = resume.identity_of(config, choice.actual, precision.actual, model_hash, manifest)
+    checkpoint = resume.decide_start(run, folder, resume_mode, identity)
+    if resume.is_finished(run):
+        console.note(
+            "train",
+            f"run {run} is already finished; nothing was trained. Another: make train RUN={run}-2 (same CONFIG)",
+        )
         return
     say_choices(choice, precision, machine)
 
@@ -105,9 +112,9 @@ def train(
     tokenizer.chat_template = template.text
     rows = {split: list(rendered.read_rows(want.folder, split)) for split in ("train", "val")}
     examples = {split: rendered.to_examples(tokenizer, rows[split]) for split in rows}
+    console.note("train", f"{want.folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows")
     if not examples["val"]:
         console.note("train", "no val rows: no evaluation while training, no best checkpoint, no early stopping")
-    console.note("train", f"{want.folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows")
 
     loaded = backends.load_for_training(config, model_files.path, choice.actual, precision.actual, machine)
     console.note(
@@ -115,70 +122,59 @@ def train(
         f"{config.model.name}: {config.tuning.mode}, {loaded.trainable:,} of {loaded.total:,} weights train; attention "
         f"{loaded.attention}" + ("; gradient checkpointing" if loaded.checkpointing else ""),
     )
-    from_step = checkpoints.step_of(Path(checkpoint)) if checkpoint else 0
-    stamp.begin(
-        run,
-        {
-            "backend": {"requested": choice.requested, "actual": choice.actual, "fallback_reason": choice.reason},
-            "precision": asdict(precision),
-            "attention": loaded.attention,
-            "quantisation": loaded.quantisation,
-            "gradient_checkpointing": loaded.checkpointing,
-            "hardware": {
-                "device": machine.device,
-                "name": machine.name,
-                "memory": machine.memory,
-                "cuda": machine.driver,
-            },
-            "versions": stamp.library_versions(),
-            "git": stamp.git_state(files.REPO_ROOT),
-            "model": {
-                "name": config.model.name,
-                "revision": model_files.revision,
-                "path_hash": identity["model"],
-            },
-            "tuning": {
-                "mode": config.tuning.mode,
-                "target_modules": loaded.target_modules,
-                **config.lora.model_dump(include={"r", "alpha", "dropout"}),
-            },
-            "render": {
-                "template": template.source,
-                "template_hash": template.hash,
-                "max_length": config.render.max_length,
-            },
-            "data": {
-                "name": want.folder.name,
-                "hash": stages.data_hash(manifest),
-                "splits": manifest["splits"],
-                "tokens": manifest["tokens"],
-                "stage": want.source.manifest["step"],
-            },
-            "style": manifest["settings"]["style"],
-            "seed": config.train.seed,
-            "identity": identity,
+    loss = fused_loss if choice.actual == "unsloth" else summed_loss
+    if config.train.packing and not packing_is_exact(loaded.model, examples["train"], loss):
+        console.warn("with this backend and device, packed examples would see one another: packing is off")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
+    facts = {
+        "backend": {"requested": choice.requested, "actual": choice.actual, "fallback_reason": choice.reason},
+        "precision": asdict(precision),
+        "attention": loaded.attention,
+        "quantisation": loaded.quantisation,
+        "packing": config.train.packing,
+        "gradient_checkpointing": loaded.checkpointing,
+        "hardware": asdict(machine),
+        "versions": stamp.library_versions(),
+        "git": stamp.git_state(files.REPO_ROOT),
+        "model": {
+            "name": config.model.name,
+            "revision": model_files.revision if model_files.kind == "hub" else None,
+            "path_hash": model_hash,
         },
-        from_step=from_step,
-    )
+        "tuning": {"mode": config.tuning.mode, "target_modules": loaded.target_modules, "lora": identity["lora"]},
+        "render": {"template": template.source, "template_hash": template.hash, "max_length": config.render.max_length},
+        "data": {
+            "name": want.folder.name,
+            "hash": identity["data"],
+            "splits": manifest["splits"],
+            "tokens": manifest["tokens"],
+            "stage": want.source.manifest["step"],
+        },
+        "style": manifest["settings"]["style"],
+        "seed": config.train.seed,
+        "identity": identity,
+    }
+    stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
     files.write_text(folder / "config.yaml", to_yaml(config))
-    fit(run, folder, config, loaded, tokenizer, examples, rows, machine, precision.actual, choice, checkpoint)
+    names = [f"{row['source']['file']}:{row['source']['line']}" for row in rows["train"]]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    fit(run, folder, config, loaded.model, loss, tokenizer, examples, names, machine, precision.actual, checkpoint)
 
 
 def fit(
     run: str,
     folder: Path,
     config: "Config",
-    loaded: backends.TrainingModel,
+    model: Any,
+    loss: Loss,
     tokenizer: Any,
-    examples: dict[str, list[Any]],
-    rows: dict[str, list[dict[str, Any]]],
+    examples: dict[str, list[Encoded]],
+    row_names: list[str],
     machine: hardware.Hardware,
     precision: str,
-    choice: backends.BackendChoice,
-    checkpoint: str | None,
+    checkpoint: Path | None,
 ) -> None:
     """The loop itself, then the export of the best (or last) weights and the summary."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     from transformers import PrinterCallback
 
     from scripts.utils import adapters
@@ -188,16 +184,16 @@ def fit(
 
     schedule = make_schedule(config, examples["train"])
     trainer = SFTTrainer(
-        model=loaded.model,
+        model=model,
         args=training_arguments(config, folder, machine, precision, len(schedule.steps)),
         config=config,
         schedule=schedule,
         examples=examples["train"],
         val=examples["val"],
-        row_names=[f"{row['source']['file']}:{row['source']['line']}" for row in rows["train"]],
+        row_names=row_names,
         machine=machine,
         pad_id=tokenizer.pad_token_id or 0,
-        unsloth=choice.actual == "unsloth",
+        loss=loss,
         metrics_file=folder / "metrics.jsonl",
     )
     trainer.remove_callback(PrinterCallback)
@@ -208,7 +204,7 @@ def fit(
         f"run {run}: {len(schedule.steps):,} steps, {schedule.steps_per_epoch:,} an epoch; TensorBoard files in {folder / 'tensorboard'}",
     )
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         step = trainer.state.global_step
         progress = stamp.require(run)
@@ -223,76 +219,9 @@ def fit(
             f"stopped at step {step}/{len(schedule.steps)}, {where}", "type the same command to go on", exit_code=code
         )
     best = adapters.take_best(trainer)
-    adapters.export(run, loaded.model, tokenizer, config, examples["train"], trainer.state)
+    adapters.export(run, model, tokenizer, config, examples["train"], trainer.state)
     stamp.end(run, step=step, how="finished", result=adapters.result_of(trainer, best))
     summarise(run, trainer, best)
-
-
-def identity_of(
-    config: "Config", choice: backends.BackendChoice, precision: str, model_hash: str, manifest: dict[str, Any]
-) -> dict[str, Any]:
-    """What decides the loss curve: a resumed run must have all of it in common with its start."""
-    train = config.train
-    shape = None if config.tuning.mode == "full" else config.lora.model_dump()
-    return {
-        "backend": choice.actual,
-        "model": model_hash,
-        "mode": config.tuning.mode,
-        "lora": shape,
-        "precision": precision,
-        "data": stages.data_hash(manifest),
-        "template": manifest["template"]["sha256"],
-        "max_length": config.render.max_length,
-        **{
-            key: getattr(train, key)
-            for key in (
-                "seed batch_size gradient_accumulation packing optimizer learning_rate scheduler warmup weight_decay "
-                "max_grad_norm epochs max_steps"
-            ).split()
-        },
-    }
-
-
-def decide_start(run: str, folder: Path, resume: str, identity: dict[str, Any]) -> str | None:
-    """None: start from the beginning; a path: resume from it; 'finished': nothing is left to do.
-
-    Raises ``RefusedError`` when the run's earlier start does not match what is asked for now.
-    """
-    known = stamp.read(run)
-    if known is None:
-        if resume == "must":
-            raise RefusedError(
-                f"run {run!r} has nothing to resume (no {stamp.path_of(run)})", "leave RESUME out to start it"
-            )
-        return None
-    if resume == "never":
-        raise RefusedError(
-            f"run {run!r} exists already ({folder.absolute()})", "choose another name with RUN=…, or leave RESUME out"
-        )
-    if changed := stamp.changed_identity(known, identity):
-        lines = "\n".join(f"         {key}: then {then}, now {now}" for key, then, now in changed)
-        raise RefusedError(
-            f"run {run!r} was started with other settings:\n{lines}",
-            "start another run with RUN=…, or restore the old values",
-        )
-    if known["status"] == "finished":
-        console.note(
-            "train",
-            f"run {run} is already finished; nothing was trained. To train again: make train RUN={run}-2 (same CONFIG)",
-        )
-        return "finished"
-    checkpoint, passed_over = checkpoints.newest_whole(folder)
-    for line in passed_over:
-        console.warn(f"passed over {line}")
-    if checkpoint is None:
-        if resume == "must":
-            raise RefusedError(
-                f"run {run!r} has no whole checkpoint to resume from", "leave RESUME out to start it again"
-            )
-        console.note("train", f"run {run} was started before but has no whole checkpoint: starting again")
-        return None
-    console.note("train", f"run {run}: going on from {checkpoint}")
-    return str(checkpoint)
 
 
 def say_choices(

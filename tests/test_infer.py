@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -348,25 +349,31 @@ def test_chat_on_a_real_terminal(run: Path) -> None:
     """The program itself on a pseudo terminal: answers, stops at Ctrl-C, and exits with 0."""
     main_end, terminal = pty.openpty()
     command = [sys.executable, str(REPO / "scripts/infer.py"), "--config", "c.yaml", "--run", RUN]
-    program = subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, close_fds=True
-    )
+    program = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     shown = b""
 
-    def wait_for(text: bytes, seconds: float = 180) -> None:
+    def wait_for(text: bytes, seconds: float = 120) -> None:
+        """Read until ``text`` appears after what was waited for before."""
         nonlocal shown
         end = time.monotonic() + seconds
         while text not in shown:
-            assert time.monotonic() < end, shown.decode(errors="replace")
+            ready, _, _ = select.select([main_end], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"no {text!r} in: {shown.decode(errors='replace')}"
             shown += os.read(main_end, 4096)
+        shown = shown.partition(text)[2]
 
-    wait_for(b"you> ")
-    os.write(main_end, b"thanks\n")
-    wait_for(CHATS[4][1].encode())
-    wait_for(b"you> ")
-    program.send_signal(signal.SIGINT)
-    wait_for(b"once more leaves")
-    os.write(main_end, b"/exit\n")
-    assert program.wait(60) == 0
-    os.close(main_end)
+    try:
+        wait_for(b"you> ")
+        os.write(main_end, b"thanks\n")
+        wait_for(CHATS[4][1].encode())
+        wait_for(b"you> ")
+        program.send_signal(signal.SIGINT)
+        wait_for(b"once more leaves")
+        wait_for(b"you> ")
+        os.write(main_end, b"/exit\n")
+        assert program.wait(60) == 0
+    finally:
+        program.kill()
+        program.wait()
+        os.close(main_end)

@@ -21,7 +21,7 @@ FLOORS = """
 errors schema console environment
 files yaml_text gguf_file json_rows hardware splits turns
 config raw_files prompts stages stamp checkpoints model_folder chat backends
-command records model_hub embedded_model encoding metrics
+command records model_hub embedded_model encoding metrics resume
 model_store schedule adapters tally
 rendered training trained generation
 callbacks merging evaluation chat_session

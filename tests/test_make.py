@@ -82,10 +82,10 @@ def test_what_is_not_given_arrives_empty(recorded):
     assert {v for k, v in call["given"].items() if k not in ("SFT_ENV_PYTHON", "SFT_ANY_PYTHON")} == {""}
 
 
-def test_train_runs_the_steps_before_it_in_order_even_with_many_jobs(recorded):
-    assert [call["script"] for call in recorded("-j4", "full-pipeline")] == [
-        f"{name}.py" for name in "process style render train eval".split()
-    ]
+@pytest.mark.parametrize("goals", [["full-pipeline"], ["train", "eval"]])
+def test_steps_run_in_order_even_with_many_jobs(recorded, goals):
+    names = [call["script"] for call in recorded("-j4", *goals)]
+    assert names == [f"{name}.py" for name in "process style render train eval".split()]
 
 
 @pytest.mark.parametrize("target", ["train-bnb", "train-unsloth", "train-bnb-tb", "train-unsloth-tb"])

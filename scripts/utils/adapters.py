@@ -31,6 +31,15 @@ def take_best(trainer: Any) -> str | None:
     return str(best)
 
 
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the adapter (or the whole tuned model) as safetensors."""
+    if hasattr(model, "peft_config"):
+        # embeddings are never trained; left to itself PEFT asks the hub whether the vocabulary grew
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder), safe_serialization=True)
+
+
 def export(run: str, model: Any, tokenizer: Any, config: "Config", examples: Sequence[Encoded], state: Any) -> None:
     """Write adapters/<run> atomically: weights, tokenizer with its template, generation config, model card.
 
@@ -44,7 +53,7 @@ def export(run: str, model: Any, tokenizer: Any, config: "Config", examples: Seq
                 f"the trained weight {name} is not finite", "lower train.learning_rate; checkpoints are kept"
             )
     with files.replaced_folder(stamp.adapter_folder(run)) as folder:
-        model.save_pretrained(str(folder), safe_serialization=True)
+        save_weights(model, folder)
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         _write_generation_config(folder, model, tokenizer, examples)

@@ -6,7 +6,7 @@ the padding token is the end token.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+Loss = Callable[[Any, dict[str, "torch.Tensor"]], "torch.Tensor"]
 IGNORE = -100  # label of a position without loss, as torch's cross_entropy has it
 
 
@@ -173,7 +174,19 @@ def summed_loss(model: Any, row: dict[str, "torch.Tensor"]) -> "torch.Tensor":
     return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def batch_loss(model: Any, examples: Sequence[Encoded], budget: int, *, packing: bool = True) -> tuple[float, int]:
+def fused_loss(model: Any, row: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+    """The same sum from a model whose own forward computes the loss (Unsloth's fused one): unshifted labels, a mean."""
+    import torch
+
+    labels = torch.full_like(row["input_ids"], IGNORE)
+    labels[:, 1:] = row["shift_labels"][:, :-1]
+    inputs = {name: value for name, value in row.items() if name != "shift_labels"}
+    return model(**inputs, labels=labels).loss * (labels != IGNORE).sum()
+
+
+def batch_loss(
+    model: Any, examples: Sequence[Encoded], budget: int, *, packing: bool = True, loss: Loss = summed_loss
+) -> tuple[float, int]:
     """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it."""
     import torch
 
@@ -186,6 +199,16 @@ def batch_loss(model: Any, examples: Sequence[Encoded], budget: int, *, packing:
         for indices in rows:
             row = {name: value.to(device) for name, value in to_row([examples[i] for i in indices]).items()}
             if bool((row["shift_labels"] != IGNORE).any()):
-                total += float(summed_loss(model, row))
+                total += float(loss(model, row))
     model.train(was_training)
     return total, sum(example.trained_tokens for example in examples)
+
+
+def packing_is_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss) -> bool:
+    """Whether two examples in one row have the loss that they have alone, on this model, device and kernels."""
+    pair = sorted(examples, key=lambda example: len(example.ids))[:2]
+    if len(pair) < 2:
+        return True
+    together, _ = batch_loss(model, pair, budget=1 << 30, loss=loss)
+    alone, _ = batch_loss(model, pair, budget=1, loss=loss)
+    return abs(together - alone) <= 1e-2 * abs(alone)

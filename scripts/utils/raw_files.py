@@ -38,7 +38,7 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
         if path.is_dir():
             entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
             found += [entry for entry in entries if entry.is_file() and entry.suffix.lower() in READABLE]
-            for entry in entries:
+            for entry in (entry for entry in entries if entry.stem.lower() not in ("readme", "license")):
                 if entry.is_dir():
                     warnings.append(f"{entry} is a folder inside {path} and is not read; RAW={entry} reads it")
                 elif entry not in found:

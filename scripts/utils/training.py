@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from scripts.utils import checkpoints, files, hardware
-from scripts.utils.encoding import IGNORE, Encoded, batch_loss, summed_loss
+from scripts.utils import adapters, checkpoints, files, hardware
+from scripts.utils.encoding import IGNORE, Encoded, Loss, batch_loss
 from scripts.utils.errors import DivergedError, MachineError
 from scripts.utils.schedule import Schedule, Steps
 
@@ -48,12 +48,12 @@ class SFTTrainer(Trainer):
         row_names: Sequence[str],
         machine: hardware.Hardware,
         pad_id: int,
-        unsloth: bool,
+        loss: Loss,
         metrics_file: Path,
         **options: Any,
     ) -> None:
         self.config, self.schedule, self.examples, self.val = config, schedule, examples, val
-        self.row_names, self.machine, self.unsloth, self.metrics_file = row_names, machine, unsloth, metrics_file
+        self.row_names, self.machine, self.loss, self.metrics_file = row_names, machine, loss, metrics_file
         self.run_state = RunState()
         self._staging: Path | None = None
         dataset = Steps(schedule, examples, config.train.packing, pad_id)
@@ -76,7 +76,7 @@ class SFTTrainer(Trainer):
         for row in inputs:
             row = self._prepare_inputs(row)
             with self.compute_loss_context_manager():
-                loss = self._summed(model, row) / max(count, 1)
+                loss = self.loss(model, row) / max(count, 1)
             if not torch.isfinite(loss):
                 raise self._diverged(float(loss.detach()))
             self.accelerator.backward(loss)
@@ -85,15 +85,6 @@ class SFTTrainer(Trainer):
             self._count(int(mask.sum()) if mask is not None else row["input_ids"].numel())
         self.run_state.trained_tokens += count
         return total
-
-    def _summed(self, model: Any, row: dict[str, Any]) -> torch.Tensor:
-        if not self.unsloth:
-            return summed_loss(model, row)
-        # Unsloth's fused loss takes unshifted labels and returns a mean
-        labels = torch.full_like(row["input_ids"], IGNORE)
-        labels[:, 1:] = row["shift_labels"][:, :-1]
-        inputs = {name: value for name, value in row.items() if name != "shift_labels"}
-        return model(**inputs, labels=labels).loss * (labels != IGNORE).sum()
 
     def _diverged(self, loss: float) -> DivergedError:
         step = self.state.global_step
@@ -128,9 +119,7 @@ class SFTTrainer(Trainer):
         """Loss and perplexity over the trained tokens of the val rows, by the packed path that training takes."""
         with self.compute_loss_context_manager():
             budget = self.config.render.max_length * self.config.train.batch_size
-            total, count = batch_loss(
-                self.model, self.val, budget, packing=self.config.train.packing and not self.unsloth
-            )
+            total, count = batch_loss(self.model, self.val, budget, packing=self.config.train.packing, loss=self.loss)
         loss = total / max(count, 1)
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
         self.run_state.since, self.run_state.tokens_since = time.monotonic(), 0  # evaluation is not training speed
@@ -154,7 +143,7 @@ class SFTTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # adapters (or the tuned model) only: the stock training_args.bin is a pickle and may hold a hub token
-        self.model.save_pretrained(output_dir or self.args.output_dir, safe_serialization=True)
+        adapters.save_weights(self.model, Path(output_dir or self.args.output_dir))
 
 
 def optimizer_name(config: "Config", machine: hardware.Hardware) -> str:
