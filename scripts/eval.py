@@ -162,19 +162,22 @@ def up_to_date(folder: Path, identity: str) -> dict[str, Any] | None:
 
 
 def report(run: str, folder: Path, found: dict[str, Any]) -> None:
-    """The before/after table, a few rows, and where the files lie."""
+    """A few rows, the before/after table, and where the files lie."""
     settings, reasons = found["settings"], found["reasons"]
+    if settings["generate"]:
+        show_samples(folder)
+        console.result()
     lines = []
     for name, metric in metrics.METRICS.items():
         base, tuned = (metrics.Score(found[side][name], reasons.get(name, "")) for side in SIDES)
         change = metrics.show(name, metrics.difference(base, tuned), signed=True)
         lines.append((metric.label, metrics.show(name, base), metrics.show(name, tuned), change))
-    title = f"{run}: base and tuned on {settings['rows']:,} of {found['data']['available']:,} {settings['split']} rows"
-    console.table(title, ("metric", "base", "tuned", "change"), lines)
+    console.result(
+        f"{run}: base and tuned on {settings['rows']:,} of {found['data']['available']:,} {settings['split']} rows"
+    )
+    console.table("", ("metric", "base", "tuned", "change"), lines)
     for name in (name for name in metrics.METRICS if found["tuned"][name] is None or found["base"][name] is None):
         console.note("eval", f"no {metrics.METRICS[name].label}: {reasons.get(name)}")
-    if settings["generate"]:
-        show_samples(folder)
     console.result(f"metrics: {folder / 'metrics.json'}\nsamples: {folder / 'samples.jsonl'}")
 
 

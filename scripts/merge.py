@@ -55,7 +55,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         "dtype": config.merge.dtype,
         "shard_size": config.merge.shard_size,
     }
-    if not arguments.force and (known := up_to_date(target, wanted)):
+    if not arguments.force and (known := up_to_date(target, wanted, config.merge.tolerance)):
         console.note("merge", f"up to date ({target}; FORCE=1 runs it again)")
         report(run, target, known)
         return
@@ -63,15 +63,16 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         report(run, target, merge(run, facts, target, wanted, config))
 
 
-def up_to_date(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The note of an earlier merge of the same adapter with the same settings whose files are all there."""
+def up_to_date(target: Path, wanted: dict[str, Any], tolerance: float) -> dict[str, Any] | None:
+    """The note of an earlier merge of the same adapter and settings, within today's tolerance, with all its files."""
     if not (target / NOTE).is_file():
         return None
     known = files.read_json(target / NOTE)
     whole = all(
         (target / name).is_file() and (target / name).stat().st_size == size for name, size in known["files"].items()
     )
-    return known if known["wanted"] == wanted and whole else None
+    within = known["proof"]["mean_difference"] <= tolerance
+    return known if known["wanted"] == wanted and whole and within else None
 
 
 def merge(run: str, facts: dict[str, Any], target: Path, wanted: dict[str, Any], config: "Config") -> dict[str, Any]:
@@ -149,7 +150,7 @@ def report(run: str, target: Path, note: dict[str, Any]) -> None:
         [
             (
                 "difference",
-                f"{proof['mean_difference']:.5f} on average, {proof['max_difference']:.5f} at most (log-probabilities)",
+                f"{proof['mean_difference']:.5f} on average, {proof['max_difference']:.5f} at most (log-probabilities of likely tokens)",
             ),
             (
                 "tolerance",
@@ -161,7 +162,7 @@ def report(run: str, target: Path, note: dict[str, Any]) -> None:
             ),
             ("weights", f"{note['saved_dtype']}, {console.size(size)}"),
             ("model", str(target)),
-            ("next", f"make infer RUN={run} with --which merged, or load the folder with transformers"),
+            ("next", f"make infer RUN={run} WHICH=merged, or load the folder with transformers"),
         ],
     )
 

@@ -19,8 +19,8 @@ from scripts.utils import command
 from scripts.utils.errors import RefusedError
 from scripts.utils.files import REPO_ROOT, disk_errors, json_line, write_jsonl
 
-SEED = 20240607
-ROWS = {"train": 460, "val": 50, "test": 100}
+SEED = 20261125
+ROWS = {"train": 500, "val": 50, "test": 100}
 SYSTEM = "Extract intent, item, quantity, order and urgent as JSON."
 
 # lists are written as text, " | " between entries; {item} becomes "the kettle" or "3 kettles"; {it}, {is} and {has} agree with it
@@ -104,8 +104,8 @@ ITEMS = {
     "table fan | towel rail | video recorder | wheelchair | whisk | window blind | candle holder | cupboard | "
     "mirror | helmet | bicycle pump | sleeping bag | hiking pole | rubber boot | bookshelf",
     "val": "letter opener | waffle maker | humidifier | scanner | kitchen scale | doorbell | bread slicer | ice bucket",
-    "test": "garage opener | kitchen timer | dish rack | hand mixer | phone stand | guitar | bar stool | "
-    "cable reel | night light | pasta maker | swing seat | graphics card | beard trimmer | snow shovel | carpet",
+    "test": "bread knife | desk fan | bird feeder | cake tin | piano bench | spice rack | roof box | "
+    "plant pot | steam mop | bath towel | tennis racket | coat hook | label printer | fog machine | lunch box",
 }
 NAMES = {
     "train": "Maria | Tom | Ana | Li | Omar | Ruth | Jan | Priya | Carlos | Emma | Noah | Yuki | Sven | Zoe | Ali | "
@@ -117,7 +117,7 @@ NAMES = {
 OPENERS = "Hi | Hello | Hey | Good morning | Dear team | Hi there | Hi, {name} here | Good evening | Hello all"
 CLOSERS = "Thanks | Thank you | Best, {name} | Regards, {name} | Thanks a lot | Cheers, {name} | Many thanks"
 URGENT = (
-    "it is urgent | I need this today | please hurry | as soon as possible | asap | right now please | "
+    "it is urgent | I need this today | please hurry | as soon as possible | right now please | "
     "this is really urgent | I need an answer today | please be quick"
 )
 CALM = "no rush | take your time | it is not urgent | whenever you have time | there is no hurry"
@@ -177,16 +177,16 @@ def make_row(random: Random, split: str, intent: str, wording: str, item: str) -
 
     quantity = 1 if random.random() < 0.5 else 2 + int(random.random() * 5)
     order = str(1000 + int(random.random() * 9000)) if random.random() < 0.75 else None
-    mood = random.random()  # 35 % urgent, 20 % say that they can wait, the rest say nothing
-    request = fill(random, with_typo(random, wording) if random.random() < 0.25 else wording, item, quantity)
+    mood = random.random()  # 40 % urgent, 20 % say that they can wait, the rest say nothing
+    request = fill(random, with_typo(random, wording) if random.random() < 0.1 else wording, item, quantity)
     extras = [some(ORDERS).format(n=order)] if order else []
-    if mood < 0.55:
-        extras.append(pick(random, (URGENT if mood < 0.35 else CALM).split(" | ")))
+    if mood < 0.6:
+        extras.append(pick(random, (URGENT if mood < 0.4 else CALM).split(" | ")))
     middle = shuffled(random, [request, *extras]) if random.random() < 0.4 else [request, *extras]
     name = pick(random, NAMES[split].split(" | "))
     opener = some(OPENERS).format(name=name) if random.random() < 0.6 else ""
     closer = some(CLOSERS).format(name=name) if random.random() < 0.4 else ""
-    answer = {"intent": intent, "item": item, "quantity": quantity, "order": order, "urgent": mood < 0.35}
+    answer = {"intent": intent, "item": item, "quantity": quantity, "order": order, "urgent": mood < 0.4}
     return {
         "messages": [
             {"role": "system", "content": SYSTEM},

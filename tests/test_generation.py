@@ -1,6 +1,7 @@
 """What generation promises, on a tiny Llama that was taught its answers with the real SmolLM2 tokenizer."""
 
 import threading
+import time
 from contextlib import closing
 from typing import Any
 
@@ -188,14 +189,18 @@ def test_a_streamed_answer_cut_at_the_limit_says_so(taught: Any) -> None:
 
 def test_closing_a_stream_stops_the_model() -> None:
     model = tiny_llama(seed=3)
-    running = threading.active_count()
-    with closing(
-        generation.stream(
-            model, smollm2_tokenizer(), prompt_ids("Hi"), **{**GREEDY, "max_new_tokens": 200}, stop_ids=[]
-        )
-    ) as pieces:
+    running, steps = threading.active_count(), [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+        time.sleep(0.01)  # else a model this small has written everything before the reader can stop it
+
+    model.register_forward_hook(count)
+    settings = {**GREEDY, "max_new_tokens": 200}
+    with closing(generation.stream(model, smollm2_tokenizer(), prompt_ids("Hi"), **settings, stop_ids=[])) as pieces:
         next(pieces)
     assert threading.active_count() == running
+    assert steps[0] < 150
 
 
 def test_a_fault_while_streaming_reaches_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:

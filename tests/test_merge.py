@@ -105,6 +105,7 @@ def test_what_was_merged_before_stays_when_a_new_merge_is_refused(run: Path) -> 
     assert merge() == 0
     before = files.sha256_file(MERGED / "model.safetensors")
     assert merge("--set", "merge.dtype=bf16 merge.tolerance=1e-9") == 3
+    assert merge("--set", "merge.tolerance=1e-12") == 3, "an earlier merge does not pass a stricter tolerance"
     assert files.sha256_file(MERGED / "model.safetensors") == before
 
 

@@ -103,7 +103,7 @@ def test_lengths_and_the_share_cut_at_the_limit_are_reported() -> None:
 
 def test_the_table_shows_change_with_sign_and_a_dash_for_what_is_missing() -> None:
     change = metrics.difference(metrics.Score(0.25), metrics.Score(0.9))
-    assert metrics.show("exact_match", change, signed=True) == "+65.0 %"
+    assert metrics.show("exact_match", change, signed=True) == "+65.0 pp"
     assert metrics.show("loss", metrics.difference(metrics.Score(2.0), metrics.Score(0.5)), signed=True) == "-1.500"
     missing = metrics.difference(metrics.Score(None, "why"), metrics.Score(1.0))
     assert (missing.value, missing.reason) == (None, "why")

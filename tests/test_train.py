@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts import process, render, train
-from scripts.utils import callbacks, files, stamp
+from scripts.utils import callbacks, checkpoints, files, stamp
 from scripts.utils.config import load_config
 from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
 
@@ -416,3 +417,34 @@ def test_no_token_of_the_environment_reaches_any_file_of_the_run(
         if p.is_file() and secret.encode() in p.read_bytes()
     ]
     assert leaks == []
+
+
+def mounted(folder: Path, size: str) -> bool:
+    folder.mkdir(exist_ok=True)
+    return (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+        == 0
+    )
+
+
+def test_a_full_disk_stops_with_the_path_and_the_last_whole_checkpoint_resumes_once_there_is_room(
+    project: Callable[..., Path],
+) -> None:
+    folder = project(max_steps=4)
+    steps = "tuning.mode=full train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1"
+    if not mounted(folder / "outputs", "50m"):
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with pytest.raises(MachineError, match="the disk is full") as caught:
+            run_steps(overrides=steps)
+        assert "checkpoint-" in caught.value.message and caught.value.exit_code == 4
+        kept = sorted(path.name for path in (folder / "outputs" / RUN).glob("checkpoint-*"))
+        assert kept and all(checkpoints.damage(folder / "outputs" / RUN / name) is None for name in kept)
+        subprocess.run(["mount", "-o", "remount,size=500m", str(folder / "outputs")], check=True)
+        run_steps(overrides=steps)
+        assert stamp.require(RUN)["status"] == "finished"
+        assert stamp.require(RUN)["starts"][-1]["from_step"] == checkpoints.step_of(Path(kept[-1]))
+    finally:
+        subprocess.run(["umount", "-l", str(folder / "outputs")])

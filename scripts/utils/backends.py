@@ -207,7 +207,10 @@ def needs_checkpointing(config: "Config", model_config: Any, hardware: "Hardware
     setting = config.train.gradient_checkpointing
     if setting != "auto":
         return setting
-    tokens = config.render.max_length * config.train.batch_size
+    # a packed row may be shorter than its longest example
+    tokens = max(
+        config.render.max_length, config.train.pack_length or config.render.max_length * config.train.batch_size
+    )
     return bool(2 * 34 * tokens * model_config.hidden_size * model_config.num_hidden_layers > hardware.memory / 3)
 
 

@@ -77,7 +77,8 @@ def landing(run_folder: Path, step: int) -> Iterator[Path]:
     name = f"checkpoint-{step}"
     with files.disk_errors(run_folder / name):
         staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=run_folder))
-        try:
+    try:
+        with files.disk_errors(run_folder / name):  # looks at the free space, so before the cleaning up
             yield staging
             seal(staging / name)
             files.sync_folder(staging / name)
@@ -86,8 +87,8 @@ def landing(run_folder: Path, step: int) -> Iterator[Path]:
                 os.rename(final, Path(tempfile.mkdtemp(prefix=f".{name}.damaged.", dir=run_folder)) / name)
             os.rename(staging / name, final)
             files.sync_folder(run_folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def rotate(run_folder: Path, *, keep: int, best: Path | None) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -22,20 +23,34 @@ from scripts.utils.errors import MachineError, RefusedError, UserError
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
+def _safetensors_error() -> type[Exception]:
+    """safetensors' own exception, without importing it where nothing has yet (it is looked up only on an error)."""
+    module = sys.modules.get("safetensors")
+    return module.SafetensorError if module else OSError
+
+
+def _is_full(path: Path, message: str) -> bool:
+    folder = next((parent for parent in (path, *path.parents) if parent.is_dir()), Path("/"))
+    wrote = "No space left" in message or "PytorchStreamWriter" in message or "unexpected pos" in message
+    return "No space left" in message or (wrote and shutil.disk_usage(folder).free < 2**20)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path, need_bytes: int | None = None) -> Iterator[None]:
     """Turn the operating system's refusals to write into a message for the user."""
+    where = Path(path).absolute()
     try:
         yield
-    except OSError as error:
-        where = Path(path).absolute()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        code = getattr(error, "errno", None)
+        # torch and safetensors write through their own code, which says it in their own words
+        if code in (errno.ENOSPC, errno.EDQUOT) or (code is None and _is_full(where, str(error))):
             need = f" ({need_bytes:,} bytes needed)" if need_bytes else ""
             raise MachineError(
                 f"{where}: the disk is full{need}",
                 "free some space (make clean shows what it would remove), then run the same command again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise MachineError(f"{where}: no permission to write here", "check the folder's owner and mode") from error
         raise
 
@@ -143,8 +158,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
-        try:
-            os.chmod(new, 0o777 & ~_umask())
+        os.chmod(new, 0o777 & ~_umask())
+    try:
+        with disk_errors(folder):  # looks at the free space, so before the cleaning up
             yield new
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             if folder.exists():
@@ -152,9 +168,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             os.rename(new, folder)
             sync_folder(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -146,14 +146,17 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def show(name: str, score: Score, *, signed: bool = False) -> str:
-    """A score as the table shows it: ``85.0 %``, ``1.234``, ``+12.5``; ``–`` where there is none."""
+    """A score as the table shows it: ``85.0 %``, ``1.234``; ``–`` where there is none.
+
+    ``signed`` is for a change: ``+0.123``, and percentage points (``+85.0 pp``) for shares.
+    """
     if score.value is None:
         return "–"
     sign = "+" if signed else ""
     value = score.value
     match METRICS[name].unit:
         case "share":
-            return f"{100 * value:{sign}z.1f} %"
+            return f"{100 * value:{sign}z.1f} {'pp' if signed else '%'}"
         case "points" | "tokens":
             return f"{value:{sign}z.1f}"
         case _:

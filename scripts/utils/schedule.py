@@ -28,13 +28,18 @@ class Schedule:
     steps_per_epoch: float
 
 
+def row_budget(config: "Config") -> int:
+    """Tokens of a packed row."""
+    return config.train.pack_length or config.render.max_length * config.train.batch_size
+
+
 def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
     """Shuffle and pack each epoch anew by the seed; a step never holds rows of two epochs.
 
     ``train.max_steps`` wins over ``train.epochs``; a fraction of an epoch is a fraction of the first one's steps.
     """
     train = config.train
-    budget = config.render.max_length * train.batch_size
+    budget = row_budget(config)
     group = train.gradient_accumulation
     steps: list[Step] = []
     ends: set[int] = set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import model_store, stamp
+from scripts.utils import console, files, model_store, stamp
 from scripts.utils.backends import load_causal_lm
 from scripts.utils.chat import Template, choose_template, load_tokenizer
 from scripts.utils.errors import RefusedError, UserError
@@ -58,6 +58,8 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
         )
     tokenizer = load_tokenizer(folder if folder.is_dir() else _base_path(facts))
     template = choose_template(tokenizer, "auto")
+    if (then := facts["render"].get("template_hash")) and template.hash != then:
+        console.warn(f"{folder}: the chat template is not the one that run {run!r} was trained with")
     hardware, precision = _inference_precision(facts["precision"]["actual"])
     quantised = facts["tuning"]["mode"] == "qlora"
     path = folder if which == "merged" or (full and which == "tuned") else _base_path(facts)
@@ -68,6 +70,9 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
     if which == "tuned" and not full:
         model = attach_adapter(model, adapter)
         kind = "adapter"
+    own_ends = folder / "generation_config.json"
+    if own_ends.is_file():  # the end-of-turn token that was learnt may be another than the base model's
+        model.generation_config.eos_token_id = files.read_json(own_ends).get("eos_token_id")
     return _ready(run, model, tokenizer, template, hardware.device, precision, facts, kind)
 
 

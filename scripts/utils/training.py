@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from scripts.utils import adapters, checkpoints, files, hardware
 from scripts.utils.encoding import IGNORE, Encoded, Loss, batch_loss
 from scripts.utils.errors import DivergedError, MachineError
-from scripts.utils.schedule import Schedule, Steps
+from scripts.utils.schedule import Schedule, Steps, row_budget
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -118,7 +118,7 @@ class SFTTrainer(Trainer):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Loss and perplexity over the trained tokens of the val rows, by the packed path that training takes."""
         with self.compute_loss_context_manager():
-            budget = self.config.render.max_length * self.config.train.batch_size
+            budget = row_budget(self.config)
             total, count = batch_loss(self.model, self.val, budget, packing=self.config.train.packing, loss=self.loss)
         loss = total / max(count, 1)
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
