@@ -20,7 +20,7 @@ from scripts.utils.errors import RefusedError
 from scripts.utils.files import REPO_ROOT, disk_errors, json_line, write_jsonl
 
 SEED = 20261125
-ROWS = {"train": 500, "val": 50, "test": 100}
+ROWS = {"train": 400, "val": 50, "test": 150}
 SYSTEM = "Extract intent, item, quantity, order and urgent as JSON."
 
 # lists are written as text, " | " between entries; {item} becomes "the kettle" or "3 kettles"; {it}, {is} and {has} agree with it
