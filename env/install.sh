@@ -45,14 +45,14 @@ install() { # ARGUMENTS OF pip install
 # torch's CPU-only build carries a local version (2.13.0+cpu), which package indexes do not have; a wheel folder
 # (find-links) may, and uv knows where the build's makers keep it
 install_cpu_torch() {
-    local version helper=$uv
+    local version fetcher=$uv
     version=$(pinned torch)
     if install --quiet --no-deps --only-binary :all: "torch==$version+cpu" 2>/dev/null; then return; fi
-    if [ -z "$helper" ]; then
+    if [ -z "$fetcher" ]; then
         "$python" -m pip install --quiet --no-input --disable-pip-version-check uv || return 1
-        helper="$(dirname "$python")/uv"
+        fetcher="$(dirname "$python")/uv"
     fi
-    "$helper" pip install --python "$python" --torch-backend cpu -c env/constraints.txt torch
+    "$fetcher" pip install --python "$python" --torch-backend cpu -c env/constraints.txt torch
 }
 
 if_missing=no

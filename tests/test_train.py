@@ -356,6 +356,38 @@ def test_very_few_rows_train_and_say_that_nothing_is_validated(
     assert stamp.require(RUN)["status"] == "finished"
 
 
+def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(project: Callable[..., Path]) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("trackio"):
+        pytest.skip("trackio is installed here")
+    project(max_steps=1)
+    with pytest.raises(MachineError, match="trackio is not installed") as caught:
+        run_steps(overrides="tracking.report_to=[tensorboard,trackio]")
+    assert "EXTRAS=trackio" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "gsm8k_test.jsonl", "glaive_toolcall_en_demo.json"])
+@pytest.mark.slow
+def test_real_data_sets_dropped_into_data_raw_train_for_20_steps(project: Callable[..., Path], name: str) -> None:
+    """Data that no one here wrote, if it lies beside the repository: every row is accounted for and learnt from."""
+    shared = files.REPO_ROOT.parent / "shared" / "data" / name
+    if not shared.is_file():
+        pytest.skip(f"{shared} is not here")
+    folder = project()
+    (folder / "data" / "raw" / "sums.jsonl").unlink()
+    (folder / "data" / "raw" / name).write_bytes(shared.read_bytes())
+    run_steps(
+        overrides="data.raw=data/raw render.max_length=1024 train.max_steps=20 train.gradient_accumulation=1 "
+        "train.eval_strategy=no train.save_strategy=no train.load_best_model_at_end=false"
+    )
+    for step in ("processed", "rendered"):
+        counts = json.loads((folder / "data" / step / "raw" / "manifest.json").read_text())
+        assert counts["rows_in"] == counts["rows_out"] + counts["rejected"] + counts.get("duplicates", 0)
+        assert counts["rows_in"] > 250 and counts["rejected"] <= 0.15 * counts["rows_in"]
+    assert stamp.require("tiny-raw")["result"]["steps"] == 20
+
+
 def test_early_stopping_ends_the_run_and_the_best_checkpoint_is_exported(
     project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

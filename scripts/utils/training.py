@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,16 @@ def optimizer_name(config: "Config", machine: hardware.Hardware) -> str:
     return {"adamw_8bit": "adamw_bnb_8bit"}.get(wanted, wanted)
 
 
+def trackers(config: "Config") -> list[str] | str:
+    """tracking.report_to as the Trainer takes it; raises ``MachineError`` for a tracker that is not installed."""
+    for name in config.tracking.report_to:
+        if find_spec(name) is None:
+            raise MachineError(
+                f"tracking.report_to: {name} is not installed", f"make install EXTRAS={name}, or take it out"
+            )
+    return list(config.tracking.report_to) or "none"
+
+
 def training_arguments(
     config: "Config", folder: Path, machine: hardware.Hardware, precision: str, steps: int
 ) -> TrainingArguments:
@@ -185,7 +196,7 @@ def training_arguments(
         eval_strategy="no",
         save_strategy="no",
         logging_nan_inf_filter=False,
-        report_to=list(config.tracking.report_to) or "none",
+        report_to=trackers(config),
         run_name=folder.name,
         disable_tqdm=True,
         remove_unused_columns=False,
