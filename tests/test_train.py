@@ -88,6 +88,7 @@ def test_a_run_leaves_everything_it_promises(project: Callable[..., Path], capsy
     assert not list(Path("outputs").rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_validation_is_logged(project: Callable[..., Path]) -> None:
     project(epochs=4)
     run_steps()
@@ -112,6 +113,7 @@ def test_tensorboard_holds_the_scalars(project: Callable[..., Path]) -> None:
     assert {f"train/{name}" for name in wanted} <= tags and "eval/loss" in tags
 
 
+@pytest.mark.slow
 def test_learning_rate_schedule_and_warmup_are_the_configs(project: Callable[..., Path]) -> None:
     project()
     run_steps(overrides="train.lr=0.002 train.scheduler=linear train.warmup=2 train.max_steps=6 run.name=a")
@@ -147,6 +149,7 @@ def test_every_training_key_reaches_the_trainer(project: Callable[..., Path]) ->
         optimizer_name(load_config("tiny.yaml", "train.optimizer=adamw_8bit"), cpu)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(project: Callable[..., Path]) -> None:
     import torch
 
@@ -158,6 +161,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(project:
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
+@pytest.mark.slow
 def test_packing_and_accumulation_change_the_speed_and_not_the_loss(project: Callable[..., Path]) -> None:
     """All rows in one step: however they are cut into micro batches, step 1 has the same loss and gradient."""
     project(max_steps=1, gradient_accumulation=1000)
@@ -170,6 +174,7 @@ def test_packing_and_accumulation_change_the_speed_and_not_the_loss(project: Cal
 
 
 @pytest.mark.parametrize("mode", ["qlora", "full"])
+@pytest.mark.slow
 def test_the_other_tuning_modes_train_and_are_stamped(project: Callable[..., Path], mode: str) -> None:
     project(max_steps=2)
     run_steps(overrides=f"tuning.mode={mode}")
@@ -180,6 +185,7 @@ def test_the_other_tuning_modes_train_and_are_stamped(project: Callable[..., Pat
     assert (Path("adapters") / RUN / wanted).is_file()
 
 
+@pytest.mark.slow
 def test_unknown_target_modules_are_refused_with_those_that_exist(project: Callable[..., Path]) -> None:
     project()
     with pytest.raises(UserError) as caught:
@@ -204,11 +210,11 @@ def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("step", "overrides"),
     [
-        (1, ""),
-        (3, "train.packing=false train.batch_size=3"),
+        pytest.param(1, "", marks=pytest.mark.slow),
+        pytest.param(3, "train.packing=false train.batch_size=3", marks=pytest.mark.slow),
         (5, "lora.dropout=0.2"),
-        (4, "tuning.mode=qlora"),
-        (2, "tuning.mode=full"),
+        pytest.param(4, "tuning.mode=qlora", marks=pytest.mark.slow),
+        pytest.param(2, "tuning.mode=full", marks=pytest.mark.slow),
         (4, "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=2 train.save_steps=2"),
     ],
 )
@@ -240,6 +246,7 @@ def test_sigterm_saves_and_ends_with_143(project: Callable[..., Path], monkeypat
     assert caught.value.exit_code == 143 and (Path("outputs") / RUN / "checkpoint-2").is_dir()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_on_resume(
     project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +291,7 @@ IDENTITY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_setting_that_decides_the_loss_curve_is_refused_on_resume_and_named(project: Callable[..., Path]) -> None:
     project(max_steps=2)
     run_steps()
@@ -298,6 +306,7 @@ def test_each_setting_that_decides_the_loss_curve_is_refused_on_resume_and_named
 @pytest.mark.parametrize(
     "change", ["train.logging_steps=3", "train.save_total_limit=5", "eval.limit=3", "infer.temperature=1"]
 )
+@pytest.mark.slow
 def test_settings_that_do_not_are_accepted_on_resume(
     project: Callable[..., Path], change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +316,7 @@ def test_settings_that_do_not_are_accepted_on_resume(
     assert "already finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resume_never_refuses_an_existing_run_and_must_refuses_a_new_one(project: Callable[..., Path]) -> None:
     project(max_steps=1)
     with pytest.raises(RefusedError, match="nothing to resume"):
@@ -325,6 +335,7 @@ def test_two_processes_never_train_into_one_run(project: Callable[..., Path]) ->
         run_steps()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_rows(
     project: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +358,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_rows(
 
 
 @pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.slow
 def test_very_few_rows_train_and_say_that_nothing_is_validated(
     project: Callable[..., Path], count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -388,6 +400,7 @@ def test_real_data_sets_dropped_into_data_raw_train_for_20_steps(project: Callab
     assert stamp.require("tiny-raw")["result"]["steps"] == 20
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_the_best_checkpoint_is_exported(
     project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +415,7 @@ def test_early_stopping_ends_the_run_and_the_best_checkpoint_is_exported(
     assert same(weights(), load_file(Path(result["kept"]) / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_unsloth_that_is_not_there_falls_back_aloud_and_is_stamped_truthfully(
     project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,6 +475,7 @@ def mounted(folder: Path, size: str) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_the_path_and_the_last_whole_checkpoint_resumes_once_there_is_room(
     project: Callable[..., Path],
 ) -> None:
