@@ -11,6 +11,8 @@ from scripts import eval as eval_step
 from scripts.utils import evaluation, files, stages, stamp
 from tests.tiny_models import CHATS, RUN, enter_run
 
+pytestmark = pytest.mark.slow  # each test runs a whole step of its own
+
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -21,6 +21,8 @@ from scripts.utils.errors import UserError
 from scripts.utils.schema import InferSection
 from tests.tiny_models import CHATS, RUN, SYSTEM, enter_run
 
+pytestmark = pytest.mark.slow  # each test runs a whole step of its own
+
 QUESTION, ANSWER = CHATS[2]  # a question of two lines
 REPO = Path(__file__).resolve().parents[1]
 

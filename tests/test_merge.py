@@ -11,6 +11,8 @@ from scripts import merge as merge_step
 from scripts.utils import files, merging, stamp
 from tests.tiny_models import CHATS, RUN, enter_run
 
+pytestmark = pytest.mark.slow  # each test runs a whole step of its own
+
 MERGED = Path(f"outputs/{RUN}/merged")
 
 
