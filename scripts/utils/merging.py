@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import files, model_store, stamp
+from scripts.utils import files, stamp
 from scripts.utils.backends import load_causal_lm, torch_dtype
 from scripts.utils.chat import Template, choose_template, load_tokenizer, render_prompt
 from scripts.utils.encoding import encode_prompt
 from scripts.utils.errors import MachineError, RefusedError, UserError
-from scripts.utils.trained import attach_adapter, stop_ids
+from scripts.utils.trained import attach_adapter, base_path, stop_ids
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +74,7 @@ def check_shard_size(text: str) -> None:
 def prepare(run: str, facts: dict[str, Any], dtype: str) -> Source:
     """Find base and adapter, and choose the precisions. Raises ``RefusedError`` for a base other than the stamp's."""
     adapter = stamp.adapter_folder(run)
-    base = model_store.resolve(facts["model"]["name"], facts["model"].get("revision")).path
-    if (known := facts["model"].get("path_hash")) and model_store.content_hash(base) != known:
-        raise RefusedError(
-            f"the model {facts['model']['name']} in {base} is not the one this run was trained on", "restore that model"
-        )
+    base = base_path(facts)
     saved = _saved_precision(base)
     chosen: Precision = saved if dtype == "auto" else dtype  # type: ignore[assignment]
     why = "as the base model" if dtype == "auto" else "merge.dtype"

@@ -56,13 +56,13 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
             f"run {run!r} has no adapter (looked for {needed.absolute()}); its last start ended: {ended}",
             f"finish it: make train RUN={run} with the same CONFIG; or ask for the base model with --which base",
         )
-    tokenizer = load_tokenizer(folder if folder.is_dir() else _base_path(facts))
+    tokenizer = load_tokenizer(folder if folder.is_dir() else base_path(facts))
     template = choose_template(tokenizer, "auto")
     if (then := facts["render"].get("template_hash")) and template.hash != then:
         console.warn(f"{folder}: the chat template is not the one that run {run!r} was trained with")
     hardware, precision = _inference_precision(facts["precision"]["actual"])
     quantised = facts["tuning"]["mode"] == "qlora"
-    path = folder if which == "merged" or (full and which == "tuned") else _base_path(facts)
+    path = folder if which == "merged" or (full and which == "tuned") else base_path(facts)
     model = load_causal_lm(path, precision=precision, device=hardware.device, quantised=quantised and which != "merged")
     kind: Literal["adapter", "full", "merged", "base"] = (
         "merged" if which == "merged" else "base" if which == "base" else "full"
@@ -128,7 +128,7 @@ def adapter_off(model: Any) -> Iterator[None]:
         yield
 
 
-def _base_path(facts: dict[str, Any]) -> Path:
+def base_path(facts: dict[str, Any]) -> Path:
     """The run's base model, resolved again and proven to be the same bytes."""
     path = model_store.resolve(facts["model"]["name"], facts["model"].get("revision")).path
     if (known := facts["model"].get("path_hash")) and model_store.content_hash(path) != known:
