@@ -16,6 +16,7 @@ if not __package__:  # run as a file: import from the repository root, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.utils import (
+    backend_choice,
     backends,
     chat,
     checkpoints,
@@ -23,6 +24,8 @@ from scripts.utils import (
     console,
     files,
     hardware,
+    initial,
+    model_folder,
     model_store,
     rendered,
     resume,
@@ -30,10 +33,11 @@ from scripts.utils import (
 )
 from scripts.utils.config import run_name, to_yaml
 from scripts.utils.encoding import Encoded, Loss, fused_loss, packing_is_exact, summed_loss
-from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
+from scripts.utils.errors import DivergedError, Interrupted, RefusedError, UserError
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
+    from scripts.utils.training import SFTTrainer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,12 +64,12 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     want, manifest = rendered.require_current(config)
     if not manifest["splits"]["train"]:
         raise UserError(f"{want.folder}: no rows to train on", "run: make process with more data")
-    choice = backends.choose(config)  # before anything heavy is imported
-    if choice.actual == "unsloth":
-        backends.import_unsloth()
+    choice = choose_backend(config, run, folder)  # before anything heavy is imported
     with files.file_lock(folder / ".lock", wait_seconds=0, what=f"run {run!r}"):
         starts_before = len((stamp.read(run) or {}).get("starts", []))
         try:
+            if choice.actual == "unsloth":
+                backends.import_unsloth(choice.xformers)
             train(run, folder, arguments.resume, config, choice, want, manifest)
         except Exception as error:
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
@@ -76,11 +80,24 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
                 if not isinstance(error, Interrupted):
                     stamp.end(run, step=step, how=f"failed: {reason}")
             expected = isinstance(error, UserError | RefusedError | Interrupted | DivergedError)
-            if choice.actual == "unsloth" and step == from_step and not expected:
-                if config.tuning.fallback == "never":
-                    raise MachineError(f"Unsloth failed: {reason}", "set tuning.fallback: auto") from error
-                backends.restart_with_bitsandbytes(f"it failed before its first step ended: {reason}")
+            # what Unsloth has begun, only Unsloth goes on with
+            if (
+                choice.actual == "unsloth"
+                and step == from_step == 0
+                and not expected
+                and not checkpoints.listed(folder)
+            ):
+                reason = f"it failed before its first step ended: {reason}"
+                backend_choice.restart_with_bitsandbytes(config, choice, reason)
             raise backends.as_out_of_memory(error) from error
+
+
+def choose_backend(config: "Config", run: str, folder: Path) -> backend_choice.BackendChoice:
+    if config.tuning.backend == "bitsandbytes":
+        return backend_choice.BackendChoice("bitsandbytes", "bitsandbytes")
+    model = model_store.resolve(config.model.name, config.model.revision, tokenizer_only=True).path
+    earlier = (stamp.read(run) or {}).get("backend") if checkpoints.listed(folder) else None
+    return backend_choice.choose(config, model, earlier)
 
 
 def train(
@@ -88,7 +105,7 @@ def train(
     folder: Path,
     resume_mode: str,
     config: "Config",
-    choice: backends.BackendChoice,
+    choice: backend_choice.BackendChoice,
     want: rendered.Wanted,
     manifest: dict[str, Any],
 ) -> None:
@@ -97,14 +114,18 @@ def train(
     precision = hardware.choose_precision(config.train, machine)
     model_files = model_store.resolve(config.model.name, config.model.revision)
     model_hash = model_store.content_hash(model_files.path)
-    identity = resume.identity_of(config, choice.actual, precision.actual, model_hash, manifest)
+    init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None
+    identity = resume.identity_of(
+        config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None
+    )
     checkpoint = resume.decide_start(run, folder, resume_mode, identity)
-    if resume.is_finished(run):
+    if resume.is_finished(run) and not resume.is_extension(run, identity) and (not checkpoint or handed_over(run)):
         console.note(
             "train",
             f"run {run} is already finished; nothing was trained. Another: make train RUN={run}-2 (same CONFIG)",
         )
         return
+    checkpoints.remove_leftovers(folder)
     say_choices(choice, precision, machine)
 
     tokenizer = chat.load_tokenizer(model_files.path)
@@ -114,20 +135,26 @@ def train(
     examples = {split: rendered.to_examples(tokenizer, rows[split]) for split in rows}
     console.note("train", f"{want.folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows")
     if not examples["val"]:
+        refuse_without_val(config, want.folder)
         console.note("train", "no val rows: no evaluation while training, no best checkpoint, no early stopping")
 
-    loaded = backends.load_for_training(config, model_files.path, choice.actual, precision.actual, machine)
+    loaded = backends.load_for_training(
+        config, model_files.path, choice.actual, precision.actual, machine, choice.xformers
+    )
     console.note(
         "train",
         f"{config.model.name}: {config.tuning.mode}, {loaded.trainable:,} of {loaded.total:,} weights train; attention "
         f"{loaded.attention}" + ("; gradient checkpointing" if loaded.checkpointing else ""),
     )
+    if init and not checkpoint:
+        initial.put(loaded.model, init)
+        console.note("train", f"beginning with the adapter in {init.folder}")
     loss = fused_loss if choice.actual == "unsloth" else summed_loss
     if config.train.packing and not packing_is_exact(loaded.model, examples["train"], loss):
         console.warn("with this backend and device, packed examples would see one another: packing is off")
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
     facts = {
-        "backend": {"requested": choice.requested, "actual": choice.actual, "fallback_reason": choice.reason},
+        "backend": choice.facts(),
         "precision": asdict(precision),
         "attention": loaded.attention,
         "quantisation": loaded.quantisation,
@@ -141,7 +168,13 @@ def train(
             "revision": model_files.revision if model_files.kind == "hub" else None,
             "path_hash": model_hash,
         },
-        "tuning": {"mode": config.tuning.mode, "target_modules": loaded.target_modules, "lora": identity["lora"]},
+        "tuning": {
+            "mode": config.tuning.mode,
+            "target_modules": loaded.target_modules,
+            "lora": identity["lora"],
+            "init_adapter": config.tuning.init_adapter,
+        },
+        "tokenizer_hash": model_folder.tokenizer_hash(model_files.path),
         "render": {"template": template.source, "template_hash": template.hash, "max_length": config.render.max_length},
         "data": {
             "name": want.folder.name,
@@ -152,17 +185,45 @@ def train(
         },
         "style": manifest["settings"]["style"],
         "seed": config.train.seed,
+        "config_hash": files.sha256_json(config.model_dump()),
         "identity": identity,
     }
     stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
     files.write_text(folder / "config.yaml", to_yaml(config))
+    resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
     names = [f"{row['source']['file']}:{row['source']['line']}" for row in rows["train"]]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    fit(run, folder, config, loaded.model, loss, tokenizer, examples, names, machine, precision.actual, checkpoint)
+    trainer = make_trainer(
+        folder, config, loaded.model, loss, tokenizer, examples, names, machine, precision.actual, identity
+    )
+    fit(run, folder, config, trainer, checkpoint)
+    hand_over(run, config, trainer, tokenizer, examples["train"])
 
 
-def fit(
-    run: str,
+def handed_over(run: str) -> bool:
+    """Whether a finished run's adapter is there and whole; else it is exported once more."""
+    from scripts.utils import adapters
+
+    try:
+        adapters.verify(stamp.adapter_folder(run), stamp.require(run).get("result", {}).get("export"))
+    except RefusedError as error:
+        console.warn(f"{error.message}; exporting it once more from the run's checkpoints")
+        return False
+    return True
+
+
+def refuse_without_val(config: "Config", folder: Path) -> None:
+    """A best checkpoint or an early stop that was asked for by name cannot be had without val rows."""
+    train = config.train
+    if train.load_best_model_at_end is True or train.early_stopping_patience:
+        key = "load_best_model_at_end" if train.load_best_model_at_end is True else "early_stopping_patience"
+        raise UserError(
+            f"{folder}: no val rows, and train.{key} needs them",
+            "raise data.val_fraction or add rows; or set load_best_model_at_end: auto and early_stopping_patience: 0",
+        )
+
+
+def make_trainer(
     folder: Path,
     config: "Config",
     model: Any,
@@ -172,12 +233,10 @@ def fit(
     row_names: list[str],
     machine: hardware.Hardware,
     precision: str,
-    checkpoint: Path | None,
-) -> None:
-    """The loop itself, then the export of the best (or last) weights and the summary."""
+    identity: dict[str, Any],
+) -> "SFTTrainer":
     from transformers import PrinterCallback
 
-    from scripts.utils import adapters
     from scripts.utils.callbacks import Report, Rhythm
     from scripts.utils.schedule import make_schedule
     from scripts.utils.training import SFTTrainer, training_arguments
@@ -195,42 +254,60 @@ def fit(
         pad_id=tokenizer.pad_token_id or 0,
         loss=loss,
         metrics_file=folder / "metrics.jsonl",
+        identity=identity,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Rhythm(lambda: trainer))
     trainer.add_callback(Report(len(schedule.steps)))
+    return trainer
+
+
+def fit(run: str, folder: Path, config: "Config", trainer: "SFTTrainer", checkpoint: Path | None) -> None:
+    """The loop itself, from the checkpoint on; raises ``Interrupted`` where a signal ended it."""
+    steps = len(trainer.schedule.steps)
+    if checkpoint and resume.has_ended(checkpoint, steps, config.train.early_stopping_patience):
+        console.note("train", f"run {run}: all steps are done, {checkpoint} is handed over")
+        trainer.load_ended(checkpoint)
+        return
     console.note(
         "train",
-        f"run {run}: {len(schedule.steps):,} steps, {schedule.steps_per_epoch:,} an epoch; TensorBoard files in {folder / 'tensorboard'}",
+        f"run {run}: {steps:,} steps, {trainer.schedule.steps_per_epoch:,} an epoch; TensorBoard files in {folder / 'tensorboard'}",
     )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         step = trainer.state.global_step
-        progress = stamp.require(run)
-        progress["starts"][-1]["step"] = step
-        stamp.write(run, progress)
-    if trainer.run_state.stop_signal is not None and step < len(schedule.steps):
+        stamp.reached(run, step)
+    if trainer.run_state.stop_signal is not None and step < steps:
         stamp.end(run, step=step, how="interrupted")
-        code = 128 + trainer.run_state.stop_signal
         saved = checkpoints.listed(folder)
         where = f"saved in {saved[0]}" if saved else "nothing was saved"
         raise Interrupted(
-            f"stopped at step {step}/{len(schedule.steps)}, {where}", "type the same command to go on", exit_code=code
+            f"stopped at step {step}/{steps}, {where}",
+            "type the same command to go on",
+            exit_code=128 + trainer.run_state.stop_signal,
         )
+
+
+def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any, examples: list[Encoded]) -> None:
+    """Export the best (or last) weights, prove that they load, and sum up."""
+    from scripts.utils import adapters, self_test
+
     best = adapters.take_best(trainer)
-    adapters.export(run, model, tokenizer, config, examples["train"], trainer.state)
-    stamp.end(run, step=step, how="finished", result=adapters.result_of(trainer, best))
+    check = self_test.prepare(run, trainer, examples) if config.train.self_test else None
+    export = adapters.export(run, trainer.model, tokenizer, config, examples, trainer.state, check)
+    result = {**adapters.result_of(trainer, best), "export": export}
+    stamp.end(run, step=trainer.state.global_step, how="finished", result=result)
     summarise(run, trainer, best)
 
 
 def say_choices(
-    choice: backends.BackendChoice, precision: hardware.PrecisionChoice, machine: hardware.Hardware
+    choice: backend_choice.BackendChoice, precision: hardware.PrecisionChoice, machine: hardware.Hardware
 ) -> None:
     if choice.reason:
         console.warn(
-            f"Unsloth was asked for, but {choice.reason}. This run uses bitsandbytes instead, slower and otherwise the "
-            "same; the stamp says so. tuning.fallback: never refuses instead."
+            f"Unsloth was asked for, but {choice.reason}. This run uses bitsandbytes instead: the same training, slower "
+            f"on a GPU; the stamp says so. What helps: {choice.remedy}; tuning.fallback: never refuses instead."
         )
     elif choice.actual == "unsloth" and machine.device == "cpu":
         console.note("train", "Unsloth is no faster on a CPU; bitsandbytes is the usual choice here")
@@ -256,9 +333,14 @@ def summarise(run: str, trainer: Any, best: str | None) -> None:
 
 
 def show_stamp(run: str) -> None:
-    import yaml
-
-    console.result(yaml.safe_dump(stamp.require(run), sort_keys=False, allow_unicode=True).rstrip())
+    known = stamp.require(run)
+    console.facts(f"run {run}: {known['status']}", stamp.for_people(known))
+    console.table(
+        "starts",
+        ["began", "from step", "reached", "ended"],
+        [(start["at"], start["from_step"], start["step"], start["ended"]) for start in known["starts"]],
+    )
+    console.result(f"all of it: {stamp.path_of(run)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,6 +49,7 @@ def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
             "learning_rate": 0.003,
             "logging_steps": 1,
             "precision": "fp32",
+            "self_test": False,  # a second process a run; tests/test_export.py has it on
             **train,
         }
         config = {

@@ -14,7 +14,7 @@ def make(run: Path, step: int) -> Path:
         folder = staging / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 4)
-        (folder / "optimizer.pt").write_bytes(b"state" * 100)
+        (folder / "training_state.json").write_bytes(b"state" * 100)
         (folder / "trainer_state.json").write_text("{}")
     return run / f"checkpoint-{step}"
 
@@ -38,7 +38,7 @@ def damage_flip(folder: Path) -> None:
 
 
 def damage_truncate(folder: Path) -> None:
-    path = folder / "optimizer.pt"
+    path = folder / "training_state.json"
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -46,7 +46,7 @@ DAMAGES = {
     "emptied": damage_empty,
     "bit flipped": damage_flip,
     "truncated": damage_truncate,
-    "file removed": lambda folder: (folder / "optimizer.pt").unlink(),
+    "file removed": lambda folder: (folder / "training_state.json").unlink(),
     "seal removed": lambda folder: (folder / checkpoints.SEAL).unlink(),
     "seal damaged": lambda folder: (folder / checkpoints.SEAL).write_text("{"),
 }

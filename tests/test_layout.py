@@ -18,13 +18,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
-errors schema console environment
-files yaml_text gguf_file json_rows hardware splits turns
-config raw_files prompts stages stamp checkpoints model_folder chat backends
-command records model_hub embedded_model encoding metrics resume
-model_store schedule adapters tally
-rendered training trained generation
-callbacks merging evaluation chat_session
+errors schema console environment template_child
+files yaml_text gguf_file json_rows hardware splits turns template_guard
+training_state unsloth_probe
+config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
+command records model_hub embedded_model encoding metrics resume backends
+model_store schedule adapters tally unsloth_child
+rendered training trained generation initial
+callbacks merging evaluation chat_session self_test
 """
 
 HEADER = """if not __package__:  # run as a file: import from the repository root, not from scripts/

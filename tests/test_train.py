@@ -391,7 +391,7 @@ def test_real_data_sets_dropped_into_data_raw_train_for_20_steps(project: Callab
     (folder / "data" / "raw" / name).write_bytes(shared.read_bytes())
     run_steps(
         overrides="data.raw=data/raw render.max_length=1024 train.max_steps=20 train.gradient_accumulation=1 "
-        "train.eval_strategy=no train.save_strategy=no train.load_best_model_at_end=false"
+        "train.eval_strategy=no train.save_strategy=no"
     )
     for step in ("processed", "rendered"):
         counts = json.loads((folder / "data" / step / "raw" / "manifest.json").read_text())

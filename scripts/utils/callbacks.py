@@ -1,6 +1,5 @@
 """The rhythm of a run: when it logs, evaluates, saves and stops, and what it says meanwhile."""
 
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from scripts.utils import console
-from scripts.utils.errors import DivergedError
+from scripts.utils import console, resume
 
 if TYPE_CHECKING:
     from scripts.utils.training import SFTTrainer
@@ -25,8 +23,8 @@ class Rhythm(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer_of()
-        seen = trainer.schedule.steps[: state.global_step]
-        trainer.run_state.tokens = sum(len(trainer.examples[i].ids) for step in seen for row in step for i in row)
+        trainer.restore_counters()
+        trainer.try_save()
 
         def ask_to_stop(number: int, frame: object) -> None:
             if trainer.run_state.stop_signal is not None:
@@ -42,6 +40,9 @@ class Rhythm(TrainerCallback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer_of().refuse_broken_weights()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer_of()
         train, step = trainer.config.train, state.global_step
@@ -54,7 +55,7 @@ class Rhythm(TrainerCallback):
 
         control.should_log = step % train.logging_steps == 0 or step == 1 or last
         control.should_evaluate = bool(trainer.val) and due(train.eval_strategy, train.eval_steps)
-        control.should_save = due(train.save_strategy, train.save_steps)
+        control.should_save = due(train.save_strategy, train.save_steps) or last
         if trainer.run_state.stop_signal is not None:
             control.should_save = control.should_training_stop = True
 
@@ -62,20 +63,19 @@ class Rhythm(TrainerCallback):
         trainer = self.trainer_of()
         train = trainer.config.train
         loss = metrics["eval_loss"]
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the validation loss became {loss} at step {state.global_step}", "lower train.learning_rate"
-            )
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric = loss
             state.best_global_step = state.global_step
-            if train.load_best_model_at_end and train.save_strategy != "no":
+            if train.save_strategy != "no":
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                control.should_save = True  # the best one is always there to go back to
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-        if train.early_stopping_patience and since_best >= train.early_stopping_patience:
-            console.note("train", f"early stop: {since_best} evaluations without a lower validation loss")
-            control.should_training_stop = True
+        if resume.stops_early(losses, train.early_stopping_patience):
+            console.note(
+                "train",
+                f"early stop: {train.early_stopping_patience} evaluations without a lower validation loss",
+            )
+            control.should_training_stop = control.should_save = True
 
 
 class Report(TrainerCallback):

@@ -5,12 +5,14 @@ on every way. Spans are found from the template itself, never by searching for m
 markers where it has them, else by rendering the conversation up to each assistant turn.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from scripts.utils import template_child, template_guard
 from scripts.utils.errors import UserError
 from scripts.utils.files import REPO_ROOT
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 TEMPLATES = REPO_ROOT / "chat_templates"
+_SMOLLM2 = "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788"  # sha256 of its template
 
 
 @dataclass(frozen=True)
@@ -150,24 +153,24 @@ def _render(
 ) -> tuple[str, list[Span]]:
     """Text and the spans of the template's generation markers (none where it has no markers)."""
     from jinja2.exceptions import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    marked = "endgeneration" in template.text and not generation_prompt
     special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    call = {"messages": messages, "tools": tools, "generation_prompt": generation_prompt, "special": special}
     try:
-        texts, indices = render_jinja_template(
-            conversations=[messages],
-            tools=tools or None,
-            chat_template=template.text,
-            add_generation_prompt=generation_prompt,
-            return_assistant_tokens_mask=marked,
-            **special,
-        )
+        if template.hash in _known_hashes():
+            return template_child.render(template.text, call)
+        return template_guard.render_outside(template.text, template.source, call)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise UserError(
             f"the chat template ({template.source}) refuses this conversation: {error}", "see render.template"
         ) from error
-    return texts[0], [tuple(span) for span in indices[0]] if marked else []
+
+
+@functools.cache
+def _known_hashes() -> frozenset[str]:
+    """Templates that need no limits on time and memory: those in chat_templates/ and the embedded model's."""
+    ours = (_template(path.read_text(encoding="utf-8"), path.name).hash for path in TEMPLATES.glob("*.jinja"))
+    return frozenset((*ours, _SMOLLM2))
 
 
 def _answer_start(
@@ -188,7 +191,8 @@ def _turn_span(
     start: int | None,
 ) -> Span:
     """The assistant turn ``turn`` with its end-of-turn token, by rendering the conversation up to its end."""
-    upto, _ = _render(template, tokenizer, messages[: turn + 1], tools)
+    last = turn + 1 == len(messages)
+    upto = text if last else _render(template, tokenizer, messages[: turn + 1], tools)[0]
     if start is not None and text.startswith(upto):
         return start, len(upto)
     if messages[turn].get("tool_calls"):

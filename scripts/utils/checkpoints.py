@@ -11,11 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from scripts.utils import files
 from scripts.utils.errors import RefusedError
 
 SEAL = "sft-checkpoint.json"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -30,14 +32,25 @@ def listed(run_folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def seal(folder: Path) -> None:
-    """Sync every file and write the manifest of their sizes and hashes last."""
+def hashes(folder: Path, *, but: str = "") -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file in ``folder``, each synced to the disk; ``but`` names one to leave out."""
     entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != but):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": files.sha256_file(path)}
-    files.write_json(folder / SEAL, {"step": step_of(folder), "files": entries})
+    return entries
+
+
+def seal(folder: Path, identity: dict[str, Any] | None = None) -> None:
+    """Sync every file and write the manifest of their sizes and hashes last, with what decides the loss curve."""
+    entries = hashes(folder, but=SEAL)
+    files.write_json(folder / SEAL, {"step": step_of(folder), "identity": identity or {}, "files": entries})
+
+
+def identity_in(folder: Path) -> dict[str, Any]:
+    """The settings that a whole checkpoint was trained with."""
+    return dict(files.read_json(folder / SEAL).get("identity", {}))
 
 
 def damage(folder: Path) -> str | None:
@@ -46,9 +59,19 @@ def damage(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"{SEAL} is missing (the save did not finish)"
     try:
-        entries = files.read_json(manifest)["files"]
-    except (RefusedError, KeyError, TypeError):
+        sealed = files.read_json(manifest)
+        entries, step = sealed["files"], sealed["step"]
+        wrong = difference(folder, entries)
+    except (RefusedError, KeyError, TypeError, AttributeError):
         return f"{SEAL} is damaged"
+    if not entries or step != step_of(folder):
+        return f"{SEAL} is of another checkpoint (step {step})"
+    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
+    return wrong or (f"it holds a pickle ({pickles[0]}), which could run any code when loaded" if pickles else None)
+
+
+def difference(folder: Path, entries: dict[str, dict[str, Any]]) -> str | None:
+    """The first file of ``entries`` that is not in ``folder`` as its size and hash say."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -72,15 +95,15 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 @contextlib.contextmanager
-def landing(run_folder: Path, step: int) -> Iterator[Path]:
+def landing(run_folder: Path, step: int, identity: dict[str, Any] | None = None) -> Iterator[Path]:
     """Yield a staging folder in which the trainer writes ``checkpoint-<step>``; seal and move it when that ends well."""
     name = f"checkpoint-{step}"
     with files.disk_errors(run_folder / name):
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=run_folder))
+        staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".saving", dir=run_folder))
     try:
         with files.disk_errors(run_folder / name):  # looks at the free space, so before the cleaning up
             yield staging
-            seal(staging / name)
+            seal(staging / name, identity)
             files.sync_folder(staging / name)
             final = run_folder / name
             if final.exists():  # an unfinished save of the same step: kept aside, never deleted
@@ -91,8 +114,34 @@ def landing(run_folder: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def remove_leftovers(run_folder: Path) -> None:
+    """Remove what a killed process left half saved (hidden, and named by ``landing``); hold the run's lock."""
+    for path in [*run_folder.glob(".checkpoint-*.saving"), *run_folder.glob(".link.*.saving")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def point(run_folder: Path, name: str, checkpoint: Path) -> None:
+    """Make ``<run>/<name>`` (best, last) a link to a checkpoint beside it, in one rename."""
+    link = run_folder / name
+    if link.is_symlink() and os.readlink(link) == checkpoint.name:
+        return
+    if link.is_dir() and not link.is_symlink():
+        return  # somebody's own folder: not ours to replace
+    with files.disk_errors(link):
+        beside = Path(tempfile.mkdtemp(prefix=".link.", suffix=".saving", dir=run_folder))
+        try:
+            os.symlink(checkpoint.name, beside / name)
+            os.replace(beside / name, link)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        files.sync_folder(run_folder)
+
+
 def rotate(run_folder: Path, *, keep: int, best: Path | None) -> None:
-    """Delete the oldest checkpoints beyond ``keep``, never ``best``, and only when the newest verifies."""
+    """Delete the oldest checkpoints beyond ``keep``, never ``best``, and only when the newest verifies.
+
+    Only what carries our seal is deleted.
+    """
     folders = listed(run_folder)
     if not folders or damage(folders[0]) is not None:
         return
@@ -100,6 +149,9 @@ def rotate(run_folder: Path, *, keep: int, best: Path | None) -> None:
     for folder in reversed(folders):
         if len(folders) <= keep:
             break
-        if folder.name not in spared:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.name not in spared and (folder / SEAL).is_file():
+            aside = run_folder / f".{folder.name}.old.saving"  # a kill in the middle leaves no half checkpoint
+            with contextlib.suppress(OSError):
+                os.rename(folder, aside)
+                shutil.rmtree(aside, ignore_errors=True)
             folders.remove(folder)

@@ -134,13 +134,15 @@ def _check_together(config: "Config", path: str) -> None:
     train, data = config.train, config.data
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction leave no rows to train on; make their sum less than 1")
-    if train.load_best_model_at_end and train.save_strategy != "no" and train.eval_strategy != train.save_strategy:
+    asked = train.load_best_model_at_end is True
+    unfit = asked and "no" in (train.eval_strategy, train.save_strategy)
+    if unfit or (train.chooses_best and train.eval_strategy != train.save_strategy):
         problems.append(
             f"train.load_best_model_at_end needs train.eval_strategy ({train.eval_strategy}) and train.save_strategy "
             f"({train.save_strategy}) to be the same; set both to 'epoch' or both to 'steps', or load_best_model_at_end: false"
         )
     if (
-        train.load_best_model_at_end
+        train.chooses_best
         and train.save_strategy == train.eval_strategy == "steps"
         and train.save_steps % train.eval_steps
     ):
@@ -148,8 +150,20 @@ def _check_together(config: "Config", path: str) -> None:
             f"train.save_steps ({train.save_steps}) must be a multiple of train.eval_steps ({train.eval_steps}), "
             "so that every checkpoint has a validation loss to be chosen by"
         )
-    if train.early_stopping_patience and not (train.load_best_model_at_end and train.eval_strategy != "no"):
-        problems.append("train.early_stopping_patience needs train.load_best_model_at_end: true and an eval_strategy")
+    if train.early_stopping_patience and not train.chooses_best:
+        problems.append(
+            "train.early_stopping_patience needs load_best_model_at_end: auto or true, and an eval_strategy"
+        )
+    if data.val_fraction == 0 and (asked or train.early_stopping_patience):
+        key = "load_best_model_at_end" if asked else "early_stopping_patience"
+        problems.append(
+            f"train.{key} needs val rows, and data.val_fraction is 0; set data.val_fraction: 0.1, or "
+            + ("load_best_model_at_end: auto" if asked else "early_stopping_patience: 0")
+        )
+    if config.tuning.init_adapter and config.tuning.mode == "full":
+        problems.append(
+            "tuning.init_adapter begins with an adapter, and tuning.mode full trains none; use qlora or lora"
+        )
     if train.precision in ("bf16", "fp16") and getattr(train, train.precision) is False:
         problems.append(
             f"train.precision is {train.precision}, but train.{train.precision} is false; take one of them out"

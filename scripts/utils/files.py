@@ -93,6 +93,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder in ``folder`` survive a power loss."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_writer(path) as file:
         file.write(text.encode("utf-8"))
@@ -162,6 +173,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         with disk_errors(folder):  # looks at the free space, so before the cleaning up
             yield new
+            sync_tree(new)  # else a power loss after the rename could leave empty files
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             if folder.exists():
                 os.rename(folder, old / "was")

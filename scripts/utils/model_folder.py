@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.utils.errors import MachineError, RefusedError, UserError
-from scripts.utils.files import disk_errors, read_json, sha256_file, write_json
+from scripts.utils.files import disk_errors, read_json, sha256_file, sha256_json, write_json
 
 MANIFEST = "sft-model.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,6 +114,14 @@ def content_files(folder: Path) -> list[Path]:
     """The files that decide what the model computes: weights, configs, tokenizer, template; sorted by name."""
     suffixes = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
     return sorted(p for p in Path(folder).iterdir() if p.suffix in suffixes and p.name != MANIFEST and p.is_file())
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """One hash over the files that decide how text becomes ids."""
+    names = sorted(
+        {*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"}
+    )
+    return sha256_json({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
 
 
 def write_manifest(folder: Path, name: str, revision: str | None, commit: str) -> dict[str, dict[str, Any]]:

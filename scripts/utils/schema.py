@@ -56,6 +56,7 @@ class TuningSection(Section):
     mode: Literal["qlora", "lora", "full"] = "qlora"
     backend: Literal["bitsandbytes", "unsloth"] = "bitsandbytes"
     fallback: Literal["auto", "never"] = "auto"
+    init_adapter: str | None = None
 
 
 class LoraSection(Section):
@@ -90,8 +91,17 @@ class TrainSection(Section):
     save_strategy: Strategy = "epoch"
     save_steps: Positive = 100
     save_total_limit: Positive = 2
-    load_best_model_at_end: bool = True
+    load_best_model_at_end: Switch = "auto"
     early_stopping_patience: Annotated[int, Field(ge=0)] = 0
+    non_finite: Literal["stop", "skip"] = "stop"
+    self_test: bool = True
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether the checkpoint with the lowest validation loss is exported; auto: where both are there to choose by."""
+        if self.load_best_model_at_end != "auto":
+            return self.load_best_model_at_end
+        return "no" not in (self.save_strategy, self.eval_strategy)
 
 
 class EvalSection(Section):

@@ -6,6 +6,7 @@ at the end. It holds no secret and no user name. After training, eval, infer and
 
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -28,6 +29,10 @@ _PACKAGES = (
     "triton",
     "xformers",
 )
+
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ghp_[A-Za-z0-9]{16,})")
 
 
 def run_folder(run: str) -> Path:
@@ -59,7 +64,26 @@ def require(run: str) -> dict[str, Any]:
 
 
 def write(run: str, stamp: dict[str, Any]) -> None:
-    files.write_json(path_of(run), stamp)
+    files.write_json(path_of(run), without_secrets(stamp))
+
+
+def without_secrets(value: Any) -> Any:
+    """The value with every secret of the environment taken out of its texts, and the home folder (a user's name) as ~."""
+    secrets = [text for name, text in os.environ.items() if _SECRET.search(name) and len(text) >= 8]
+    home = str(Path.home())
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: clean(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [clean(inner) for inner in item]
+        if not isinstance(item, str):
+            return item
+        for secret in secrets:
+            item = item.replace(secret, "***")
+        return _TOKEN.sub("***", re.sub(rf"{re.escape(home)}(?=/|$)", "~", item) if len(home) > 1 else item)
+
+    return clean(value)
 
 
 def library_versions() -> dict[str, str]:
@@ -99,11 +123,21 @@ def now() -> str:
 
 def begin(run: str, facts: dict[str, Any], *, from_step: int) -> dict[str, Any]:
     """Write the stamp of a start: ``facts`` over what an earlier start left, and a new entry in the lineage."""
-    earlier = read(run) or {}
-    starts = [*earlier.get("starts", []), {"at": now(), "from_step": from_step, "step": from_step, "ended": "running"}]
+    starts = list((read(run) or {}).get("starts", []))
+    if starts and starts[-1]["ended"] == "running":
+        # the run's lock is ours, so the process that wrote this is gone and could not say how it ended
+        starts[-1]["ended"] = "killed"
+    starts.append({"at": now(), "from_step": from_step, "step": from_step, "ended": "running"})
     stamp = {"schema_version": SCHEMA_VERSION, "run": run, "status": "running", **facts, "starts": starts}
     write(run, stamp)
     return stamp
+
+
+def reached(run: str, step: int) -> None:
+    """Note in the newest start that ``step`` is safely saved."""
+    stamp = require(run)
+    stamp["starts"][-1]["step"] = step
+    write(run, stamp)
 
 
 def end(run: str, *, step: int, how: str, **more: Any) -> None:
@@ -117,8 +151,31 @@ def end(run: str, *, step: int, how: str, **more: Any) -> None:
     write(run, stamp)
 
 
-def changed_identity(stamp: dict[str, Any], identity: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys that decide the loss curve and differ: (key, then, now)."""
-    then = stamp.get("identity", {})
-    keys = sorted({*then, *identity})
-    return [(key, then.get(key), identity.get(key)) for key in keys if then.get(key) != identity.get(key)]
+def for_people(stamp: dict[str, Any]) -> list[tuple[str, str]]:
+    """The stamp's facts as short lines."""
+    backend, precision, hardware = stamp["backend"], stamp["precision"], stamp["hardware"]
+    data, git, result = stamp["data"], stamp.get("git", {}), stamp.get("result", {})
+    asked = f" (asked for: {backend['requested']}; {backend['fallback_reason']})" if backend["fallback_reason"] else ""
+    lora = stamp["tuning"]["lora"]
+    lines = [
+        ("backend", backend["actual"] + asked),
+        ("precision", f"{precision['actual']} (asked for: {precision['requested']}; {precision['why']})"),
+        ("attention", str(stamp["attention"])),
+        ("tuning", stamp["tuning"]["mode"] + (f", r {lora['r']}, alpha {lora['alpha']}" if lora else "")),
+        ("base model", f"{stamp['model']['name']}, content {stamp['model']['path_hash'][:12]}…"),
+        ("quantisation", stamp["quantisation"] or "none"),
+        ("template", f"{stamp['render']['template']}, {stamp['render']['template_hash'][:12]}…"),
+        ("length", f"{stamp['render']['max_length']:,} tokens a row, packing {'on' if stamp['packing'] else 'off'}"),
+        ("data", f"{data['name']}, {data['splits']['train']:,} train rows, content {data['hash'][:12]}…"),
+        ("seed", str(stamp["seed"])),
+        ("machine", f"{hardware['name']}, {hardware['memory'] / 2**30:.1f} GiB, driver {hardware['driver'] or '–'}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in stamp["versions"].items())),
+        ("git", f"{git['commit'][:12]}{', with changes' if git['dirty'] else ''}" if git else "–"),
+    ]
+    if result:
+        loss = result["best_eval_loss"]
+        lines.append(
+            ("result", f"{result['steps']:,} steps" + (f", best val loss {loss:.4f}" if loss is not None else ""))
+        )
+        lines.append(("exported", f"{result['kept']}"))
+    return lines

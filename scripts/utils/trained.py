@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import console, files, model_store, stamp
+from scripts.utils import adapters, console, files, model_store, stamp
 from scripts.utils.backends import load_causal_lm
 from scripts.utils.chat import Template, choose_template, load_tokenizer
-from scripts.utils.errors import RefusedError, UserError
+from scripts.utils.errors import MachineError, RefusedError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,8 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
             f"run {run!r} has no adapter (looked for {needed.absolute()}); its last start ended: {ended}",
             f"finish it: make train RUN={run} with the same CONFIG; or ask for the base model with --which base",
         )
+    if which == "tuned":
+        adapters.verify(adapter, facts.get("result", {}).get("export"))
     tokenizer = load_tokenizer(folder if folder.is_dir() else base_path(facts))
     template = choose_template(tokenizer, "auto")
     if (then := facts["render"].get("template_hash")) and template.hash != then:
@@ -83,6 +85,32 @@ def load_base_model(name: str, revision: str | None = None) -> Trained:
     hardware, precision = _inference_precision(None)
     model = load_causal_lm(path, precision=precision, device=hardware.device)
     return _ready("", model, tokenizer, choose_template(tokenizer, "auto"), hardware.device, precision, {}, "base")
+
+
+def load_export(run: str, folder: Path) -> tuple[Any, str]:
+    """The model that ``folder`` (an export of ``run``, wherever it lies) makes, and the precision it computes in.
+
+    Raises ``MachineError`` where this machine has no room for it beside the training process.
+    """
+    facts = stamp.require(run)
+    adapters.verify(folder)
+    full = facts["tuning"]["mode"] == "full"
+    path = folder if full else base_path(facts)
+    machine, precision = _inference_precision(facts["precision"]["actual"])
+    device = _device_with_room(machine.device, sum(p.stat().st_size for p in path.glob("*.safetensors")))
+    model = load_causal_lm(path, precision=precision, device=device, quantised=facts["tuning"]["mode"] == "qlora")
+    return model.eval() if full else attach_adapter(model, folder), precision
+
+
+def _device_with_room(device: str, need: int) -> str:
+    import psutil
+    import torch
+
+    if device == "cuda" and torch.cuda.mem_get_info()[0] > 1.2 * need + 2**30:
+        return device
+    if device == "mps" or psutil.virtual_memory().available < 2 * need:
+        raise MachineError("not enough memory for a second copy of the model")
+    return "cpu"
 
 
 def attach_adapter(model: Any, adapter: Path) -> Any:
@@ -118,7 +146,25 @@ def attach_adapter(model: Any, adapter: Path) -> Any:
             f"{adapter.absolute()}: its weights do not fit this base model, e.g. {odd}", "use the base of its stamp"
         )
     model.eval()
+    if not _effect(model) > 0:
+        raise RefusedError(
+            f"{adapter.absolute()}: the adapter changes nothing (its effect on the logits is {_effect(model)})",
+            "it was never trained, or is damaged; train it for at least one step with a learning rate above zero",
+        )
     return model
+
+
+def _effect(model: Any) -> float:
+    """Largest change of a logit that the adapter makes, on a few tokens; NaN where the logits are."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 19, device=device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        tuned = model(input_ids=ids, use_cache=False).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids, use_cache=False).logits
+    return float((tuned - base).abs().max())
 
 
 @contextlib.contextmanager

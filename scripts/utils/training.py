@@ -1,6 +1,8 @@
 """The training loop: transformers' Trainer over a schedule that is fixed before the first step."""
 
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
-from scripts.utils import adapters, checkpoints, files, hardware
+from scripts.utils import adapters, checkpoints, console, files, hardware, stamp, training_state
 from scripts.utils.encoding import IGNORE, Encoded, Loss, batch_loss
-from scripts.utils.errors import DivergedError, MachineError
+from scripts.utils.errors import DivergedError, MachineError, RefusedError
 from scripts.utils.schedule import Schedule, Steps, row_budget
 
 if TYPE_CHECKING:
@@ -26,10 +28,13 @@ class RunState:
     """What the loop counts beside the Trainer's own state."""
 
     tokens: int = 0
-    trained_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
     tokens_since: int = 0
     stop_signal: int | None = None
+    divisor: int = 1  # micro batches are cut into this many parts since one did not fit into memory
+    skipped: int = 0  # steps in a row that were passed over for a loss that was not finite
+    steps_since: int = 0  # steps since the last line of the log, and how many of them were passed over
+    skipped_since: int = 0
 
 
 class SFTTrainer(Trainer):
@@ -51,12 +56,16 @@ class SFTTrainer(Trainer):
         pad_id: int,
         loss: Loss,
         metrics_file: Path,
+        identity: dict[str, Any],
         **options: Any,
     ) -> None:
         self.config, self.schedule, self.examples, self.val = config, schedule, examples, val
         self.row_names, self.machine, self.loss, self.metrics_file = row_names, machine, loss, metrics_file
+        self.identity = identity
+        self.chooses_best = bool(val) and config.train.chooses_best
         self.run_state = RunState()
         self._staging: Path | None = None
+        self._restored: dict[str, Any] = {}
         dataset = Steps(schedule, examples, config.train.packing, pad_id)
         super().__init__(train_dataset=dataset, **options)
         self.model_accepts_loss_kwargs = True  # losses are normalised here, not once more by the Trainer
@@ -71,30 +80,100 @@ class SFTTrainer(Trainer):
         return 0  # the Trainer's estimate wants one dict of tensors, and is shown nowhere
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step's forward and backward passes; the whole step again in halves when memory runs out."""
         model.train()
+        draws = training_state.random_state() if self.config.lora.dropout else None
+        while True:
+            try:
+                total, tokens = self._accumulate(model, inputs)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(inputs, error)
+            # outside the except block, which would keep the failed pass's tensors alive
+            model.zero_grad()
+            if draws is not None:
+                training_state.set_random_state(draws)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self._count(tokens)
+        self.run_state.steps_since += 1
+        # the scaler of fp16 expects gradients that overflow now and then, and passes over them itself
+        gradients = [] if self.args.fp16 else [p.grad for p in self.model.parameters() if p.grad is not None]
+        reason = None
+        if not bool(torch.isfinite(total)):
+            reason = f"the loss became {float(total)}"
+        elif not all_finite(gradients):
+            reason = "a gradient became NaN or infinite"
+        if reason is None:
+            self.run_state.skipped = 0
+            return total
+        return self._pass_over(reason)
+
+    def _accumulate(self, model: Any, inputs: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
         count = sum(int((row["shift_labels"] != IGNORE).sum()) for row in inputs)
-        total = torch.zeros((), device=self.args.device)
-        for row in inputs:
+        total, tokens = torch.zeros((), device=self.args.device), 0
+        for row in (part for whole in inputs for part in split_row(whole, self.run_state.divisor)):
+            mask = row.get("attention_mask")
+            tokens += int(mask.sum()) if mask is not None else row["input_ids"].numel()
             row = self._prepare_inputs(row)
             with self.compute_loss_context_manager():
                 loss = self.loss(model, row) / max(count, 1)
-            if not torch.isfinite(loss):
-                raise self._diverged(float(loss.detach()))
-            self.accelerator.backward(loss)
             total += loss.detach()
-            mask = row.get("attention_mask")
-            self._count(int(mask.sum()) if mask is not None else row["input_ids"].numel())
-        self.run_state.trained_tokens += count
-        return total
+            if not torch.isfinite(loss):
+                break
+            self.accelerator.backward(loss)
+        return total, tokens
 
-    def _diverged(self, loss: float) -> DivergedError:
+    def _halve(self, inputs: list[dict[str, Any]], error: Exception) -> None:
+        """Cut micro batches into twice as many parts; raise when each is a single example already."""
+        largest = max(len(split_row(row, 1 << 30)) for row in inputs)
+        if self.run_state.divisor >= largest:
+            length = self.config.render.max_length
+            raise MachineError(
+                f"out of memory on a single example of up to {length:,} tokens: {str(error).splitlines()[0]}",
+                f"set render.max_length to {length // 2}, or train.gradient_checkpointing: true, or take a smaller model; "
+                "earlier checkpoints are kept",
+            ) from error
+        self.run_state.divisor *= 2
+        console.warn(
+            f"out of memory at step {self.state.global_step + 1}: every micro batch is cut into {self.run_state.divisor} "
+            "parts from here on. The step's batch, and so the result, stays the same; it is slower. To avoid it: "
+            + (
+                f"train.pack_length: {row_budget(self.config) // self.run_state.divisor}"
+                if self.config.train.packing
+                else f"train.batch_size: {max(1, self.config.train.batch_size // self.run_state.divisor)}"
+            )
+        )
+
+    def _pass_over(self, reason: str) -> torch.Tensor:
+        """Stop, or leave the step's gradients out, as train.non_finite says."""
         step = self.state.global_step
         names = [self.row_names[i] for row in self.schedule.steps[step] for i in row]
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        return DivergedError(
-            f"the loss became {loss} at step {step + 1}; rows: {shown}",
-            "lower train.learning_rate, or look at these rows; the last good checkpoint is kept",
-        )
+        self.run_state.skipped += 1
+        if self.config.train.non_finite == "stop" or self.run_state.skipped >= MOST_SKIPPED:
+            again = f", {self.run_state.skipped} steps in a row" if self.run_state.skipped > 1 else ""
+            raise DivergedError(
+                f"{reason} at step {step + 1}{again}; rows: {shown}",
+                "lower train.learning_rate, or look at these rows (train.non_finite: skip passes over such a step); "
+                "the last good checkpoint is kept",
+            )
+        console.warn(f"{reason} at step {step + 1}: the step is passed over; rows: {shown}")
+        self.run_state.skipped_since += 1
+        for parameter in (p for p in self.model.parameters() if p.requires_grad):
+            # an optimizer leaves alone what has no gradient; the scaler of fp16 wants to see one to pass over
+            parameter.grad = torch.full_like(parameter, torch.inf) if self.args.fp16 else None
+        return torch.zeros((), device=self.args.device)
+
+    def refuse_broken_weights(self) -> None:
+        """Raise ``DivergedError`` when a trained weight is no longer a number: such a step must never be saved."""
+        if not all_finite([p.detach() for p in self.model.parameters() if p.requires_grad]):
+            raise DivergedError(
+                f"a trained weight became NaN or infinite at step {self.state.global_step}",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
 
     def _count(self, tokens: int) -> None:
         self.run_state.tokens += tokens
@@ -104,6 +183,14 @@ class SFTTrainer(Trainer):
         """Add what a person wants to see, write metrics.jsonl, and print the step's line."""
         state = self.run_state
         logs.pop("total_flos", None)
+        if "loss" in logs:
+            if state.skipped_since:  # the mean is over the steps that were made
+                made = state.steps_since - state.skipped_since
+                logs["skipped_steps"] = state.skipped_since
+                loss = logs.pop("loss")
+                if made:
+                    logs["loss"] = loss * state.steps_since / made
+            state.steps_since = state.skipped_since = 0
         if "loss" in logs:
             now = time.monotonic()
             logs["tokens_per_second"] = round(state.tokens_since / max(now - state.since, 1e-9), 1)
@@ -122,6 +209,11 @@ class SFTTrainer(Trainer):
             budget = row_budget(self.config)
             total, count = batch_loss(self.model, self.val, budget, packing=self.config.train.packing, loss=self.loss)
         loss = total / max(count, 1)
+        if not math.isfinite(loss):  # before it is logged: no NaN reaches the disk
+            raise DivergedError(
+                f"the validation loss became {loss} at step {self.state.global_step}",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
         self.run_state.since, self.run_state.tokens_since = time.monotonic(), 0  # evaluation is not training speed
         self.log(metrics)
@@ -129,22 +221,153 @@ class SFTTrainer(Trainer):
         self.control: Any = control
         return metrics
 
+    # --- checkpoints
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
-        with checkpoints.landing(folder, self.state.global_step) as self._staging:
+        name = f"checkpoint-{self.state.global_step}"
+        with checkpoints.landing(folder, self.state.global_step, self.identity) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-        best = self.state.best_model_checkpoint
-        checkpoints.rotate(folder, keep=self.config.train.save_total_limit, best=Path(best) if best else None)
+        chosen = self.state.best_model_checkpoint
+        best = folder / Path(chosen).name if chosen else folder / name
+        checkpoints.point(folder, "last", folder / name)
+        checkpoints.point(folder, "best", best)
+        checkpoints.rotate(folder, keep=self.config.train.save_total_limit, best=best)
+        stamp.reached(folder.name, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # adapters (or the tuned model) only: the stock training_args.bin is a pickle and may hold a hub token
         adapters.save_weights(self.model, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        tree = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": training_state.random_state(),
+            # the loss since the last line of the log: the next line is a mean over all its steps, also after a resume
+            "loss_since": (float(self._tr_loss), self._globalstep_last_logged),
+            "counters": {name: getattr(self.run_state, name) for name in _COUNTERS},
+        }
+        training_state.save(Path(output_dir), tree)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """In the training state."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """In the training state."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapters.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        self._restored = training_state.load(Path(checkpoint))
+        try:
+            self.optimizer.load_state_dict(self._restored["optimizer"])
+            self.lr_scheduler.load_state_dict(self._restored["scheduler"])
+            if self._restored["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
+                self.accelerator.scaler.load_state_dict(self._restored["scaler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RefusedError(
+                f"{checkpoint}: its optimizer state is of another model: {error}", "move this checkpoint away"
+            ) from error
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """With the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._restored:
+            training_state.set_random_state(self._restored["random"])
+
+    def restore_counters(self) -> None:
+        """Put back what the Trainer resets at its start. Call when training begins."""
+        seen = self.schedule.steps[: self.state.global_step]
+        self.run_state.tokens = sum(len(self.examples[i].ids) for step in seen for row in step for i in row)
+        if self._restored:
+            loss, since = self._restored["loss_since"]
+            self._tr_loss = torch.tensor(loss, device=self.args.device)
+            self._globalstep_last_logged = since
+            for name in _COUNTERS:
+                setattr(self.run_state, name, self._restored["counters"][name])
+
+    def load_ended(self, checkpoint: Path) -> None:
+        """Take weights and state from a checkpoint whose training was over, so that it can be handed over."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.restore_counters()
+
+    def try_save(self) -> int:
+        """Save and read back the weights once, before the first step; returns the bytes that a checkpoint will take.
+
+        Raises ``MachineError`` when the folder cannot be written or is too small for what the run will save.
+        """
+        folder = Path(self.args.output_dir)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # Adam keeps two numbers a weight
+        states = sum(p.numel() for p in trained) * (2 if "8bit" in optimizer_name(self.config, self.machine) else 8)
+        weights = sum(value.nbytes for value in adapters.trained_state(self.model).values())
+        need = weights + states
+        # those that rotation keeps, the best one, one in the making, and the export
+        total = (self.config.train.save_total_limit + 2) * need + weights + 2**24
+        free = shutil.disk_usage(folder).free
+        if free < total:
+            raise MachineError(
+                f"{folder.absolute()}: this run will need about {total:,} bytes, {free:,} are free",
+                "free some space, lower train.save_total_limit, or move outputs/ to a larger disk (a link will do)",
+            )
+        with files.disk_errors(folder / "checkpoint-0", need):
+            staging = Path(tempfile.mkdtemp(prefix=".checkpoint-0.", suffix=".saving", dir=folder))
+        try:
+            with files.disk_errors(folder / "checkpoint-0", need):
+                adapters.save_weights(self.model, staging)
+                checkpoints.hashes(staging)
+                adapters.load_weights(self.model, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return need
+
+
+_COUNTERS = ("divisor", "skipped", "steps_since", "skipped_since")
+MOST_SKIPPED = 5  # so many steps in a row without a finite loss are no accident
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every number in every tensor is finite, with one look at the device."""
+    return not tensors or bool(torch.isfinite(torch.stack(torch._foreach_norm(list(tensors)))).all())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def split_row(row: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Cut a micro batch into at most ``parts`` micro batches of whole examples, about equally long."""
+    if parts <= 1:
+        return [row]
+    if "attention_mask" in row:
+        size = len(row["input_ids"])
+        pieces = [p for p in torch.arange(size).chunk(min(parts, size)) if len(p)]
+        return [{name: value[piece] for name, value in row.items()} for piece in pieces]
+    starts = torch.nonzero(row["position_ids"][0] == 0).squeeze(-1).tolist()
+    length = row["input_ids"].shape[1]
+    step = length / min(parts, len(starts))
+    cuts = [0]
+    for start in starts[1:]:
+        if start >= step * len(cuts) or parts >= len(starts):
+            cuts.append(start)
+    return [
+        {name: value[:, begin:end] for name, value in row.items()}
+        for begin, end in zip(cuts, [*cuts[1:], length], strict=True)
+    ]
 
 
 def optimizer_name(config: "Config", machine: hardware.Hardware) -> str:
@@ -176,7 +399,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The config as the Trainer wants it. Saving and evaluating are driven by ``Rhythm``."""
     train = config.train
-    warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
+    # a share never takes all the steps: the learning rate of the first one is zero
+    warmup = train.warmup if train.warmup >= 1 else min(math.ceil(train.warmup * steps), steps - 1)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
