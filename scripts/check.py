@@ -1,4 +1,4 @@
-"""Is this machine ready for the config? Python, packages, device, memory, disk, config, data: each line tells.
+"""Is this machine ready for the config? Python, packages, device, memory, disk, config, backend, data: each line tells.
 
 Exit code: 0 nothing stands in the way · 2 the config or the data does · 4 this machine does.
 Works before anything is installed, and says then what is missing.
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     # before the project is imported: an older Python cannot even read it
@@ -30,6 +31,9 @@ if not __package__:  # run as a file: import from the repository root, not from 
 
 from scripts.utils import command, console, environment, files
 from scripts.utils.errors import MachineError, SFTError, UserError
+
+if TYPE_CHECKING:
+    from scripts.utils.schema import Config
 
 DISK_NEEDED, DISK_WANTED = 2 * 2**30, 5 * 2**30  # bytes
 MEMORY_WANTED = 3 * 2**30
@@ -165,6 +169,7 @@ def check_config(path: str, overrides: str) -> Iterator[Finding]:
         yield Finding("config", problem.message, problem.exit_code, problem.hint)
         return
     yield Finding("config", f"{path}: {config.model.name}, {config.tuning.mode} with {config.tuning.backend}")
+    yield from check_backend(config)
     try:
         paths, warnings = find_files(config.data.raw)
     except SFTError as problem:
@@ -176,6 +181,40 @@ def check_config(path: str, overrides: str) -> Iterator[Finding]:
         "data",
         f"{len(paths)} files, {console.size(sum(p.stat().st_size for p in paths))}: {', '.join(map(str, paths[:5]))}",
     )
+
+
+def check_backend(config: Config) -> Iterator[Finding]:
+    """Which backend will run, with which attention, and why. Unsloth is tried afresh, which renews train's cache."""
+    from scripts.utils import backend_choice, backends, hardware, model_store, unsloth_probe
+
+    model = model_store.present(config.model.name, config.model.revision)
+    if model is None:
+        text = f"{config.tuning.backend}; its attention is known once {config.model.name} is on this disk"
+        yield Finding("backend", text, hint="run: make download-model", warning=config.tuning.backend == "unsloth")
+        return
+    why = f"model.attention is {config.model.attention}"
+    if config.tuning.backend == "unsloth":
+        found = unsloth_probe.verdict(config, model, fresh=True)
+        if found.works:
+            slow = "; on a CPU it is no faster than bitsandbytes" if hardware.detect().device == "cpu" else ""
+            yield Finding("backend", f"unsloth: {found.tried} works in {found.precision}{slow}")
+            yield Finding(
+                "backend", f"attention {found.attention or 'of its choice'}: xformers {found.xformers}; {why}"
+            )
+            return
+        never = config.tuning.fallback == "never"
+        text = f"Unsloth was asked for, but {found.reason}; {'nothing' if never else 'bitsandbytes'} will run"
+        yield Finding("backend", text, 4 if never else 0, backend_choice.remedy(found), warning=True)
+        if never:
+            return
+    try:
+        attention = backends.attention_in_transformers(model, config.model.attention)
+    except (ValueError, ImportError, OSError) as error:
+        hint = "model.attention: auto takes what is there"
+        yield Finding("backend", f"{config.model.name}: {str(error).splitlines()[0]}", 4, hint)
+        return
+    chosen = "what transformers takes for this model" if config.model.attention == "auto" else why
+    yield Finding("backend", f"bitsandbytes, attention {attention}: {chosen}")
 
 
 def findings(arguments: argparse.Namespace) -> Iterator[Finding]:

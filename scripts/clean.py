@@ -46,7 +46,16 @@ def removable() -> Iterator[Path]:
         yield from sorted(Path(name).rglob("__pycache__"))
     yield from sorted(Path().glob("*.egg-info"))
     for name in DERIVED:
-        yield from contents(Path(name))
+        yield from marked(Path(name), "manifest.json")
+
+
+def marked(folder: Path, marker: str) -> Iterator[Path]:
+    """What the steps made in ``folder``: it carries their marker, or is what a killed step left half made."""
+    for path in contents(folder):
+        if (path.name.startswith(".") and path.suffix in (".new", ".old")) or (path / marker).is_file():
+            yield path
+        elif path.is_dir() and any(path.iterdir()):
+            console.note("clean", f"kept {path}: it has no {marker}, so no step made it")
 
 
 def runs() -> list[Path]:
@@ -124,7 +133,10 @@ def work(arguments: argparse.Namespace) -> None:
         else:
             paths.append(run)
     if arguments.all:
-        paths += [*contents(Path("adapters")), *(p for p in contents(Path(".cache")) if p not in paths)]
+        paths += [
+            *marked(Path("adapters"), "sft-adapter.json"),
+            *(p for p in contents(Path(".cache")) if p not in paths),
+        ]
         if paths and not confirm(paths, arguments.yes):
             console.note("clean", "nothing was removed")
             return

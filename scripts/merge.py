@@ -87,7 +87,7 @@ def merge(run: str, facts: dict[str, Any], target: Path, wanted: dict[str, Any],
     console.note("merge", f"computing in {source.compute} on {source.device}")
     texts = proof_rows(facts, source)
     merging.check_space(target, source)
-    with files.replaced_folder(target) as new:
+    with files.replaced_folder(target, NOTE) as new:
         model = merging.load_adapter_model(source)
         reference = merging.reference(model, texts)
         model = merging.merged(source, model)

@@ -58,7 +58,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     if old and not arguments.force and stages.up_to_date(where, stages.identity(inputs, settings)):
         console.result(f"process: up to date ({old['rows_out']:,} rows in {where}; FORCE=1 runs it again)")
         return 0
-    with files.replaced_folder(where) as new:
+    with files.replaced_folder(where, stages.MANIFEST) as new:
         given = splits.given_splits(paths)
         tally = read_all(paths, given, data, new)
         tally.check()

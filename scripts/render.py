@@ -52,7 +52,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     tokens = {"total": 0, "trained": 0, "longest": 0}
     rejected: list[dict[str, Any]] = []
     lossy: list[str] = []
-    with files.replaced_folder(want.folder) as new:
+    with files.replaced_folder(want.folder, stages.MANIFEST) as new:
         for split in stages.SPLITS:
             kept = []
             for row in files.read_jsonl(want.source.path / f"{split}.jsonl"):

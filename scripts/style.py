@@ -79,7 +79,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
         console.result(f"style: up to date ({styled}; FORCE=1 runs it again)")
         return 0
     changes: Counter[str] = Counter()
-    with files.replaced_folder(styled) as new:
+    with files.replaced_folder(styled, stages.MANIFEST) as new:
         counts = {split: restyle(processed, new, split, style, changes) for split in stages.SPLITS}
         if counts != base["splits"]:
             raise RefusedError(f"{processed}: holds other rows than its manifest says", "run: make process FORCE=1")
@@ -102,6 +102,10 @@ def clear(arguments: argparse.Namespace, config: "Config", styled: Path) -> None
 
 def remove(styled: Path) -> None:
     """Manifest first: a folder without one counts as none, should the removal be cut short."""
+    if not (styled / stages.MANIFEST).is_file() and any(styled.iterdir()):
+        raise RefusedError(
+            f"{styled.absolute()} holds no {stages.MANIFEST}, so no step wrote it", "remove it yourself if it can go"
+        )
     with files.disk_errors(styled):
         (styled / stages.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(styled)

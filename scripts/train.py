@@ -274,7 +274,8 @@ def fit(run: str, folder: Path, config: "Config", trainer: "SFTTrainer", checkpo
         f"run {run}: {steps:,} steps, {trainer.schedule.steps_per_epoch:,} an epoch; TensorBoard files in {folder / 'tensorboard'}",
     )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with files.disk_errors(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         step = trainer.state.global_step
         stamp.reached(run, step)

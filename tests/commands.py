@@ -19,7 +19,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "VIRTUAL_ENV": sys.prefix, "NO_COLOR": "1", **extra}
 
 
-def run(words: Sequence[str | Path], cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(words: Sequence[str | Path], cwd: Path, timeout: int = 300, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run to the end without a terminal, output captured; ``extra`` are environment variables."""
     return subprocess.run(
         [str(word) for word in words],
@@ -28,7 +28,7 @@ def run(words: Sequence[str | Path], cwd: Path, **extra: str) -> subprocess.Comp
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 

@@ -37,7 +37,7 @@ def test_check_is_content_with_a_good_config_and_data(folder):
     done = script("check", "--config", "run.yaml", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     states = lines(done.stdout)
-    assert set(states) == {"python", "packages", "disk", "memory", "device", "config", "data"}
+    assert set(states) == {"python", "packages", "disk", "memory", "device", "config", "backend", "data"}
     assert "failed" not in states.values()
 
 
@@ -46,6 +46,22 @@ def test_check_fails_on_a_wrong_config_with_the_users_code(folder, monkeypatch):
     (finding,) = check.check_config("run.yaml", "train.lrr=1")
     assert (finding.topic, finding.code) == ("config", 2)
     assert "train.learning_rate" in finding.text
+
+
+def test_check_says_which_backend_and_attention_will_run_and_why(folder, tiny_model, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "unsloth", None)  # as where it is not installed
+    model = f"model.name={tiny_model}"
+    (plain,) = [f for f in check.check_config("run.yaml", model) if f.topic == "backend"]
+    assert "bitsandbytes, attention sdpa" in plain.text and plain.state == "ok"
+    (eager,) = [f for f in check.check_config("run.yaml", f"{model} model.attention=eager") if f.topic == "backend"]
+    assert "attention eager: model.attention is eager" in eager.text
+    asked = f"{model} tuning.backend=unsloth"
+    fallen, attention = [f for f in check.check_config("run.yaml", asked) if f.topic == "backend"]
+    assert fallen.state == "warning" and "not installed; bitsandbytes will run" in fallen.text
+    assert fallen.hint == "make install EXTRAS=unsloth" and "attention sdpa" in attention.text
+    (never,) = [f for f in check.check_config("run.yaml", f"{asked} tuning.fallback=never") if f.topic == "backend"]
+    assert never.code == 4 and "nothing will run" in never.text
 
 
 def test_check_fails_on_missing_data(folder):
@@ -70,6 +86,9 @@ def worked(folder: Path) -> Path:
     for name in ("processed/a", "processed_with_style/a", "rendered/a"):
         (folder / "data" / name).mkdir(parents=True)
         (folder / "data" / name / "train.jsonl").write_text("{}\n")
+        (folder / "data" / name / "manifest.json").write_text("{}")
+    (folder / "data" / "processed" / "mine").mkdir()
+    (folder / "data" / "processed" / "mine" / "notes.txt").touch()
     (folder / "data" / "processed" / ".gitkeep").touch()
     for run, status in {"done": "finished", "resumable": "unfinished", "failed": "running", "going": "running"}.items():
         (folder / "outputs" / run).mkdir(parents=True)
@@ -78,12 +97,16 @@ def worked(folder: Path) -> Path:
     (folder / "outputs" / "resumable" / "checkpoint-5").mkdir()
     (folder / "outputs" / "my notes").mkdir()
     (folder / "adapters" / "done").mkdir(parents=True)
+    (folder / "adapters" / "done" / "sft-adapter.json").write_text("{}")
+    (folder / "adapters" / "thesis").mkdir()
+    (folder / "adapters" / "thesis" / "thesis.txt").touch()
     (folder / ".ruff_cache").mkdir()
     (folder / "scripts" / "__pycache__").mkdir(parents=True)
     (folder / ".cache" / "models" / "m").mkdir(parents=True)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").touch()
+    (elsewhere / "manifest.json").write_text("{}")
     (folder / "data" / "rendered" / "linked").symlink_to(elsewhere)
     return folder
 
@@ -110,6 +133,7 @@ def test_clean_removes_only_what_can_be_made_again_and_says_what(worked):
     assert [name for name in gone if f"removed {name}" not in done.stdout] == []
     kept = ["data/raw/rows.jsonl", "data/processed/.gitkeep", "outputs/done", "outputs/resumable", "outputs/going"]
     kept += ["outputs/my notes", "adapters/done", "elsewhere/precious", ".cache/models/m"]
+    kept += ["data/processed/mine/notes.txt", "adapters/thesis/thesis.txt"]
     assert there(worked, *kept) == [True] * len(kept)
     assert "kept outputs/resumable" in done.stderr and "kept outputs/going" in done.stderr
 

@@ -4,17 +4,18 @@
 
 A small model trains once in peace. Then the same run is killed (SIGKILL) at random moments until it was killed as
 often as asked, and once more at each file operation that its saves make: opening, syncing, renaming, linking,
-deleting. After every kill the run must resume, may lose only the steps after its last finished checkpoint, and must
+deleting; and the disk is full from such an operation on. After every one the run must resume, may lose only the steps after its last finished checkpoint, and must
 end with the adapter of the quiet run, bit for bit. With ``signals`` it is asked to stop by SIGINT and SIGTERM instead.
 
 Every run is a forked process of this one, which has imported everything already: a life costs one or two seconds.
 """
 
 import argparse
-import contextlib
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,11 +34,12 @@ EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.symlink"
 class Outcome:
     kills: int = 0
     crash_points: int = 0
+    full_disks: int = 0
     resumed: int = 0
     failures: list[str] = field(default_factory=list)
 
 
-def prepare(folder: Path, model: Path, *, steps: int = 8, overrides: str = "") -> None:
+def prepare(folder: Path, model: Path, *, steps: int = 5, overrides: str = "") -> None:
     """Raw rows, config and rendered data for a run of ``steps`` steps that saves at each."""
     raw = folder / "data" / "raw"
     raw.mkdir(parents=True)
@@ -102,33 +104,38 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def die_at(number: int, folder: Path, counter: Path | None = None) -> None:
-    """Kill this process at the ``number``-th file operation in the run's folders; 0 only counts them."""
+def meddle(at: int, folder: Path, how: str, counter: Path | None = None) -> None:
+    """From now on count this process's file operations in the run's folders, and at number ``at`` do ``how``:
+
+    ``kill`` it, or have the disk ``full`` from there on; ``count`` only writes each into ``counter``.
+    """
     watched = (str(folder / "outputs"), str(folder / "adapters"), "outputs/", "adapters/")
     seen = 0
 
-    def operation(path: object) -> None:
+    def operation(path: object, grows: bool) -> None:
         nonlocal seen
         if not isinstance(path, str | Path) or not str(path).startswith(watched):
             return
         seen += 1
         if counter is not None:
-            with contextlib.suppress(OSError):
-                os.write(count_to, f"{path}\n".encode())
-        if seen == number:
+            os.write(count_to, f"{path}\n".encode())
+        if how == "kill" and seen == at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "full" and seen >= at and grows:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event in EVENTS and arguments:
             if event == "open" and isinstance(arguments[2], int) and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 return  # reading changes nothing
-            operation(arguments[1] if event == "os.symlink" else arguments[0])
+            grows = event in ("open", "os.mkdir", "os.symlink")
+            operation(arguments[1] if event == "os.symlink" else arguments[0], grows)
 
     count_to = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if counter else -1
     real_sync = os.fsync
 
-    def fsync(descriptor: int) -> None:  # a sync raises no audit event
-        operation(os.readlink(f"/proc/self/fd/{descriptor}") if os.path.isdir("/proc/self/fd") else "outputs/")
+    def fsync(descriptor: int) -> None:  # a sync raises no audit event; it is where a full disk shows at the latest
+        operation(os.readlink(f"/proc/self/fd/{descriptor}") if os.path.isdir("/proc/self/fd") else "outputs/", True)
         real_sync(descriptor)
 
     os.fsync = fsync
@@ -198,29 +205,43 @@ def kill_at_random(folder: Path, kills: int, quiet: str, seconds: float, outcome
         finish(run, folder, log, quiet, outcome, run)
 
 
-def kill_at_each_point(folder: Path, quiet: str, outcome: Outcome, most: int) -> Iterator[str]:
-    """Kill once at each file operation of a whole run (or at ``most`` of them, evenly spread), then resume."""
-    counter = folder / "operations.txt"
+def at_each_point(folder: Path, quiet: str, outcome: Outcome, most: int, how: str) -> Iterator[str]:
+    """Kill once at each file operation of a whole run (or at ``most`` of them, evenly spread), then resume.
+
+    With ``how`` full the disk is full from that operation on instead: the run must end with exit code 4.
+    """
+    counter = folder / f"operations-{how}.txt"
 
     def counted() -> int:
-        die_at(0, folder, counter)
-        return train("counted", folder)
+        meddle(0, folder, "count", counter)
+        return train(f"counted-{how}", folder)
 
     ended(live(counted, folder / "counted.log"))
     points = len(counter.read_text().splitlines())
     chosen = range(1, points + 1) if points <= most else sorted({1 + i * points // most for i in range(most)})
     for done, number in enumerate(chosen, 1):
-        run, log = f"point-{number}", folder / f"point-{number}.log"
+        run, log = f"{how}-{number}", folder / f"{how}-{number}.log"
 
-        def killed(run: str = run, number: int = number) -> int:
-            die_at(number, folder)
+        def meddled(run: str = run, number: int = number) -> int:
+            meddle(number, folder, how)
             return train(run, folder)
 
-        code = ended(live(killed, log))
-        if code == -signal.SIGKILL:
+        code = ended(live(meddled, log))
+        what = f"{how} at operation {number} of {points}"
+        if how == "kill" and code == -signal.SIGKILL:
             outcome.crash_points += 1
-        finish(run, folder, log, quiet, outcome, f"crash point {number} of {points}")
-        yield f"{done}/{len(chosen)} of {points} crash points"
+        if how == "full":
+            text = log.read_text()
+            outcome.full_disks += code == 4
+            # 0: only the removal of what rotates out, or the last words, were left
+            if code not in (4, 0) or (
+                code == 4 and ("bytes" not in text or ("outputs" not in text and "adapters" not in text))
+            ):
+                outcome.failures.append(f"{what}: ended with {code} instead of 4 with path and bytes (see {log})")
+        finish(run, folder, log, quiet, outcome, what)
+        for part in ("outputs", "adapters"):
+            shutil.rmtree(folder / part / run, ignore_errors=True)
+        yield f"{how}: {done}/{len(chosen)} of {points} operations"
 
 
 def stop_at_random(folder: Path, stops: int, quiet: str, seconds: float, outcome: Outcome, seed: int) -> Iterator[str]:
@@ -242,7 +263,15 @@ def stop_at_random(folder: Path, stops: int, quiet: str, seconds: float, outcome
 
 
 def torture(
-    folder: Path, model: Path, *, kills: int, points: int, stops: int, seed: int = 0, say: Callable[[str], None] = print
+    folder: Path,
+    model: Path,
+    *,
+    kills: int,
+    points: int,
+    full: int,
+    stops: int,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Everything above in ``folder``; every failure is named in the outcome."""
     # all of it before the forks
@@ -251,7 +280,9 @@ def torture(
     import pydantic.main  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
-    from scripts import process, render, train  # noqa: F401
+    import scripts.process
+    import scripts.render
+    import scripts.train  # noqa: F401
     from scripts.utils import callbacks, schema, self_test, training  # noqa: F401
 
     prepare(folder, model)
@@ -266,7 +297,8 @@ def torture(
     say(f"torture: a quiet run takes {seconds:.1f} s")
     for part in (
         kill_at_random(folder, kills, quiet, seconds, outcome, seed),
-        kill_at_each_point(folder, quiet, outcome, points) if points else iter(()),
+        at_each_point(folder, quiet, outcome, points, "kill") if points else iter(()),
+        at_each_point(folder, quiet, outcome, full, "full") if full else iter(()),
         stop_at_random(folder, stops, quiet, seconds, outcome, seed),
     ):
         last = 0.0
@@ -281,6 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=int(os.environ.get("SFT_KILLS") or 200))
     parser.add_argument("--points", type=int, default=400, help="at most this many crash points")
+    parser.add_argument("--full", type=int, default=60, help="at most this many operations from which the disk is full")
     parser.add_argument("--stops", type=int, default=20, help="SIGINT and SIGTERM")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -296,17 +329,21 @@ def main() -> int:
     tiny_llama().save_pretrained(model)
     smollm2_tokenizer().save_pretrained(model)
     outcome = torture(
-        folder, model, kills=arguments.kills, points=arguments.points, stops=arguments.stops, seed=arguments.seed
+        folder,
+        model,
+        kills=arguments.kills,
+        points=arguments.points,
+        full=arguments.full,
+        stops=arguments.stops,
+        seed=arguments.seed,
     )
     print(
-        f"torture: {outcome.kills} kills and stops, {outcome.crash_points} crash points, "
+        f"torture: {outcome.kills} kills and stops, {outcome.crash_points} crash points, {outcome.full_disks} full disks, "
         f"{outcome.resumed} runs resumed and compared, {len(outcome.failures)} failures"
     )
     for failure in outcome.failures:
         print(f"  {failure}")
     if not outcome.failures:
-        import shutil
-
         shutil.rmtree(folder)
     return 1 if outcome.failures else 0
 

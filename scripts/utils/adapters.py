@@ -114,13 +114,7 @@ def export(
             raise DivergedError(
                 f"the trained weight {name} is not finite", "lower train.learning_rate; checkpoints are kept"
             )
-    target = stamp.adapter_folder(run)
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise RefusedError(
-            f"{target.absolute()} is there and was not written by a run ({MANIFEST} is missing), so it is not replaced",
-            "move it away, then type the same command again",
-        )
-    with files.replaced_folder(target) as folder:
+    with files.replaced_folder(stamp.adapter_folder(run), MANIFEST) as folder:
         save_weights(model, folder)
         tokenizer.save_pretrained(str(folder))
         _write_generation_config(folder, model, tokenizer, examples)
@@ -128,7 +122,7 @@ def export(
         if shape.is_file():
             # the name, not the place on this machine, so that the folder says the same wherever it is copied
             values = json.loads(shape.read_text(encoding="utf-8"))
-            values["base_model_name_or_path"] = config.model.name
+            values["base_model_name_or_path"] = stamp.require(run)["model"]["name"]
             files.write_json(shape, values)
         files.write_text(folder / "README.md", _card(run, config, state))
         entries = checkpoints.hashes(folder)
@@ -182,14 +176,14 @@ def _card(run: str, config: "Config", state: Any) -> str:
     tuned = "fully tuned model" if config.tuning.mode == "full" else "LoRA adapter"
     lines = [
         "---",
-        f"base_model: {json.dumps(config.model.name)}",
+        f"base_model: {json.dumps(facts['model']['name'])}",
         f"library_name: {'transformers' if config.tuning.mode == 'full' else 'peft'}",
         "tags: [sft-play, sft]",
         "---",
         "",
         f"# {run}",
         "",
-        f"A {tuned} of `{config.model.name}`, trained with SFT-Play.",
+        f"A {tuned} of `{facts['model']['name']}`, trained with SFT-Play.",
         "",
         "| | |",
         "| --- | --- |",
@@ -217,4 +211,6 @@ def result_of(trainer: Any, best: str | None) -> dict[str, Any]:
         "best_eval_loss": min(evals) if evals else None,
         "kept": best or "last step",
         "tokens": trainer.run_state.tokens,
+        "skipped_steps": trainer.run_state.skipped_total,
+        "micro_batch_parts": trainer.run_state.divisor,
     }

@@ -1,38 +1,22 @@
 """The two ways to build a model for training: bitsandbytes (everywhere) and Unsloth (fast on NVIDIA cards).
 
-One process, one backend. Only this file imports Unsloth. Whether Unsloth works is found out in a child process,
-before this process imports transformers: a failed import would leave Unsloth's patches behind.
+One process, one backend (``backend_choice`` says which). Only this file imports Unsloth.
 """
 
-import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from scripts.utils.errors import MachineError, UserError
-from scripts.utils.files import REPO_ROOT
+from scripts.utils import environment
+from scripts.utils.errors import MachineError, SFTError, UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from scripts.utils.backend_choice import Backend
     from scripts.utils.hardware import Hardware, Precision
     from scripts.utils.schema import Config
-
-Backend = Literal["bitsandbytes", "unsloth"]
-REASON_VARIABLE = "SFT_FALLBACK_REASON"
-PROBE_SECONDS = 180
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """``requested`` by the config, ``actual`` as it will run; ``reason`` is one plain sentence for a fallback."""
-
-    requested: Backend
-    actual: Backend
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,73 +32,12 @@ class TrainingModel:
     checkpointing: bool
 
 
-def choose(config: "Config") -> BackendChoice:
-    """Decide before anything heavy is imported. Raises ``MachineError`` where a fallback would be needed but is off."""
-    if config.tuning.backend == "bitsandbytes":
-        return BackendChoice("bitsandbytes", "bitsandbytes")
-    # a restart after a failure of Unsloth hands its reason over, so that a second failure cannot loop
-    reason = os.environ.pop(REASON_VARIABLE, None) or probe_unsloth()
-    if reason is None:
-        return BackendChoice("unsloth", "unsloth")
-    if config.tuning.fallback == "never":
-        raise MachineError(
-            f"Unsloth does not work here: {reason}", "set tuning.fallback: auto, or tuning.backend: bitsandbytes"
-        )
-    return BackendChoice("unsloth", "bitsandbytes", reason)
-
-
-def probe_unsloth() -> str | None:
-    """Import Unsloth in a child process and run a tiny forward and backward there: None, or the reason it fails."""
-    from importlib.util import find_spec
-
-    if find_spec("unsloth") is None:
-        return "it is not installed (make install EXTRAS=unsloth)"
-    code = "from scripts.utils import backends; backends.probe_child()"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=REPO_ROOT,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return f"its import did not end within {PROBE_SECONDS} seconds"
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and lines:
-        reason = json.loads(lines[-1])["reason"]
-        return str(reason) if reason else None
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return f"importing it ended the process with code {done.returncode}: {last[:300]}"
-
-
-def probe_child() -> None:
-    """Runs in the child: prints one JSON object with the reason of a failure, or null."""
-    try:
-        import unsloth  # noqa: F401  # isort: skip  (must precede torch and transformers)
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        # the path that training takes: attention forward and backward on this device
-        query = torch.randn(1, 2, 8, 16, device=device, requires_grad=True)
-        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
-        reason = None
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    print("\n" + json.dumps({"reason": reason}), flush=True)
-
-
-def restart_with_bitsandbytes(reason: str) -> None:
-    """Replace this process, which Unsloth has patched, by a clean one that runs the same command."""
-    os.environ[REASON_VARIABLE] = reason
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def import_unsloth() -> None:
-    """Must be the first heavy import of the process."""
+def import_unsloth(xformers: str | None) -> None:
+    """Must be the first heavy import of the process but torch. ``xformers`` is the probe's verdict on it."""
+    if (xformers or "").startswith("off"):
+        # Unsloth takes SDPA where this import fails; XFORMERS_DISABLED is read by nothing (Unsloth 2026.10.9)
+        sys.modules["xformers"] = None  # type: ignore[assignment]
+    environment.show_torchvision()
     import unsloth  # noqa: F401
 
 
@@ -169,10 +92,25 @@ def load_causal_lm(
         ) from error
 
 
+def attention_in_transformers(path: Path, attention: str) -> str:
+    """What ``load_causal_lm`` would give this model; looks at its config.json only."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False), **options
+        )
+    return str(model.config._attn_implementation)
+
+
 def as_out_of_memory(error: Exception) -> Exception:
     """A device that ran out of memory as a ``MachineError`` that says what to lower; other errors unchanged."""
     import torch
 
+    if isinstance(error, SFTError):
+        return error  # says more already
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
         return MachineError(
             f"out of memory: {str(error).splitlines()[0]}",
@@ -215,9 +153,17 @@ def needs_checkpointing(config: "Config", model_config: Any, hardware: "Hardware
 
 
 def load_for_training(
-    config: "Config", path: Path, backend: Backend, precision: "Precision", hardware: "Hardware"
+    config: "Config",
+    path: Path,
+    backend: "Backend",
+    precision: "Precision",
+    hardware: "Hardware",
+    xformers: str | None = None,
 ) -> TrainingModel:
-    """Load the base model and put LoRA on it (or free all its weights for ``full``)."""
+    """Load the base model and put LoRA on it (or free all its weights for ``full``).
+
+    Raises ``MachineError`` where the loaded model is not what was asked for: Unsloth goes on in silence.
+    """
     from transformers import AutoConfig, set_seed
 
     set_seed(config.train.seed)  # the adapter's first weights are random: the Trainer's own seeding comes too late
@@ -227,20 +173,40 @@ def load_for_training(
     quantised = config.tuning.mode == "qlora"
     if quantised and hardware.device == "mps":
         raise MachineError("bitsandbytes has no 4-bit layers for Apple GPUs", "use tuning.mode: lora")
+    attention = config.model.attention
+    if attention == "auto" and (xformers or "").startswith("off"):
+        attention = "sdpa"
     build = _build_unsloth if backend == "unsloth" else _build_bitsandbytes
-    model, targets = build(config, path, precision, hardware, checkpointing)
+    model, targets = build(config, path, precision, hardware, checkpointing, attention)
+    actual = attention_of(model)
+    if attention not in ("auto", actual):
+        raise MachineError(
+            f"{path}: {backend} loaded the model with attention {actual}, not {attention}", "set model.attention: auto"
+        )
+    if quantised and not any(p.__class__.__name__ == "Params4bit" for p in model.parameters()):
+        raise MachineError(f"{path}: {backend} loaded the model without 4-bit weights", "use tuning.mode: lora")
     counts = [
         (p.numel() * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()
     ]
     return TrainingModel(
         model=model,
-        attention=str(model.config._attn_implementation),
+        attention=actual,
         quantisation="nf4, double" if quantised else None,
         target_modules=targets,
         trainable=sum(count for count, trained in counts if trained),
         total=sum(count for count, _ in counts),
         checkpointing=checkpointing,
     )
+
+
+def attention_of(model: Any) -> str:
+    """The attention that this model's layers really call."""
+    # on a GPU Unsloth's own layers ask its dispatcher and never look at the config
+    dispatch = sys.modules.get("unsloth.utils.attention_dispatch")
+    if dispatch and any(type(m).forward.__module__.startswith("unsloth.") for m in model.modules()):
+        chosen = str(dispatch.select_attention_backend())
+        return "flash_attention_2" if chosen.startswith("flash") else chosen
+    return str(model.config._attn_implementation)
 
 
 def _wanted_targets(config: "Config", model: Any) -> list[str]:
@@ -257,7 +223,7 @@ def _wanted_targets(config: "Config", model: Any) -> list[str]:
 
 
 def _build_bitsandbytes(
-    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool
+    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool, attention: str
 ) -> tuple[Any, list[str]]:
     full = config.tuning.mode == "full"
     # full tuning keeps its master weights in fp32 and computes under autocast: small updates vanish in 16 bit
@@ -266,7 +232,7 @@ def _build_bitsandbytes(
         precision="fp32" if full else precision,
         device=hardware.device,
         quantised=config.tuning.mode == "qlora",
-        attention=config.model.attention,
+        attention=attention,
     )
     model.config.use_cache = False
     targets: list[str] = []
@@ -292,7 +258,7 @@ def _build_bitsandbytes(
 
 
 def _build_unsloth(
-    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool
+    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool, attention: str
 ) -> tuple[Any, list[str]]:
     from unsloth import FastLanguageModel
 
@@ -306,6 +272,7 @@ def _build_unsloth(
         use_exact_model_name=True,  # else Unsloth looks on the hub for its own upload of the model
         local_files_only=True,
         trust_remote_code=False,
+        **({} if attention == "auto" else {"attn_implementation": attention}),
     )
     if mode == "full":
         return model, []

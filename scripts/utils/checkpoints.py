@@ -45,7 +45,8 @@ def hashes(folder: Path, *, but: str = "") -> dict[str, dict[str, Any]]:
 def seal(folder: Path, identity: dict[str, Any] | None = None) -> None:
     """Sync every file and write the manifest of their sizes and hashes last, with what decides the loss curve."""
     entries = hashes(folder, but=SEAL)
-    files.write_json(folder / SEAL, {"step": step_of(folder), "identity": identity or {}, "files": entries})
+    content = {"step": step_of(folder), "identity": identity or {}, "files": entries}
+    files.write_json(folder / SEAL, {**content, "sha256": files.sha256_json(content)})
 
 
 def identity_in(folder: Path) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def damage(folder: Path) -> str | None:
     try:
         sealed = files.read_json(manifest)
         entries, step = sealed["files"], sealed["step"]
+        if sealed.pop("sha256") != files.sha256_json(sealed):
+            return f"{SEAL} is damaged"
         wrong = difference(folder, entries)
     except (RefusedError, KeyError, TypeError, AttributeError):
         return f"{SEAL} is damaged"
@@ -95,13 +98,13 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 @contextlib.contextmanager
-def landing(run_folder: Path, step: int, identity: dict[str, Any] | None = None) -> Iterator[Path]:
+def landing(run_folder: Path, step: int, identity: dict[str, Any] | None = None, need_bytes: int = 0) -> Iterator[Path]:
     """Yield a staging folder in which the trainer writes ``checkpoint-<step>``; seal and move it when that ends well."""
     name = f"checkpoint-{step}"
-    with files.disk_errors(run_folder / name):
+    with files.disk_errors(run_folder / name, need_bytes):
         staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".saving", dir=run_folder))
     try:
-        with files.disk_errors(run_folder / name):  # looks at the free space, so before the cleaning up
+        with files.disk_errors(run_folder / name, need_bytes):  # looks at the free space, so before the cleaning up
             yield staging
             seal(staging / name, identity)
             files.sync_folder(staging / name)

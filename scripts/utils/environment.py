@@ -48,8 +48,16 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 def prepare(root: Path) -> None:
     """Set what is not set yet; what the user's shell says wins over .env, and .env over the defaults."""
-    early = [name for name in _HEAVY if name in sys.modules]
+    early = [name for name in _HEAVY if sys.modules.get(name)]
     if early:
         raise RuntimeError(f"environment.prepare must run before {', '.join(early)} is imported")
     for name, value in {**_DEFAULTS, **read_dotenv(root / ".env")}.items():
         os.environ.setdefault(name, value)
+    # nothing here looks at images, and a torchvision that does not fit torch stops the import of transformers
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+
+
+def show_torchvision() -> None:
+    """Take back what ``prepare`` hid, for Unsloth."""
+    if sys.modules.get("torchvision", "") is None:
+        del sys.modules["torchvision"]

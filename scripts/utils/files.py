@@ -29,10 +29,13 @@ def _safetensors_error() -> type[Exception]:
     return module.SafetensorError if module else OSError
 
 
+def _existing(path: Path) -> Path:
+    return next((parent for parent in (path, *path.parents) if parent.is_dir()), Path("/"))
+
+
 def _is_full(path: Path, message: str) -> bool:
-    folder = next((parent for parent in (path, *path.parents) if parent.is_dir()), Path("/"))
     wrote = "No space left" in message or "PytorchStreamWriter" in message or "unexpected pos" in message
-    return "No space left" in message or (wrote and shutil.disk_usage(folder).free < 2**20)
+    return "No space left" in message or (wrote and shutil.disk_usage(_existing(path)).free < 2**20)
 
 
 @contextlib.contextmanager
@@ -45,7 +48,8 @@ def disk_errors(path: Path, need_bytes: int | None = None) -> Iterator[None]:
         code = getattr(error, "errno", None)
         # torch and safetensors write through their own code, which says it in their own words
         if code in (errno.ENOSPC, errno.EDQUOT) or (code is None and _is_full(where, str(error))):
-            need = f" ({need_bytes:,} bytes needed)" if need_bytes else ""
+            free = shutil.disk_usage(_existing(where)).free
+            need = f" ({need_bytes:,} bytes needed, {free:,} free)" if need_bytes else f" ({free:,} bytes free)"
             raise MachineError(
                 f"{where}: the disk is full{need}",
                 "free some space (make clean shows what it would remove), then run the same command again",
@@ -163,9 +167,17 @@ def sha256_json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that takes its place when the block ends well."""
+def replaced_folder(folder: Path, marker: str = "") -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` that takes its place when the block ends well.
+
+    What stands there is deleted, so it must hold the file ``marker`` that shows it to be ours, else ``RefusedError``.
+    """
     folder = Path(folder)
+    if marker and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise RefusedError(
+            f"{folder.absolute()} holds files and no {marker}, so no step wrote it, and it is not replaced",
+            "move it away, then type the same command again",
+        )
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))

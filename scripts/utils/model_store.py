@@ -34,6 +34,20 @@ class Model:
     kind: Literal["hub", "folder", "embedded"]
 
 
+def present(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model that is on this disk already, with config.json and tokenizer at least; fetches nothing."""
+    folder = Path(name.strip()).expanduser()
+    if folder.is_dir():
+        return folder.absolute() if (folder / "config.json").is_file() else None
+    cached = cache_folder() / _folder_name(name, revision)
+    for candidate in (cached, cached.with_name(cached.name + ".tokenizer")):
+        if model_folder.is_whole(candidate):
+            return candidate
+    if name == EMBEDDED_NAME or not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        return None
+    return model_hub.in_shared_cache(name, revision, tokenizer_only=True)
+
+
 def _log(message: str) -> None:
     note("model", message)
 

@@ -51,7 +51,11 @@ def prepare(run: str, trainer: Any, examples: Sequence[Encoded]) -> Callable[[Pa
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:
     path = os.pathsep.join(filter(None, (str(files.REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    code = "from scripts.utils import self_test; self_test.child()"
+    # the environment first, as in every step: it hides what would break transformers' imports
+    code = (
+        "from scripts.utils import environment; from pathlib import Path; "
+        f"environment.prepare(Path({str(files.REPO_ROOT)!r})); from scripts.utils import self_test; self_test.child()"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],

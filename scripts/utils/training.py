@@ -35,6 +35,7 @@ class RunState:
     skipped: int = 0  # steps in a row that were passed over for a loss that was not finite
     steps_since: int = 0  # steps since the last line of the log, and how many of them were passed over
     skipped_since: int = 0
+    skipped_total: int = 0
 
 
 class SFTTrainer(Trainer):
@@ -64,6 +65,7 @@ class SFTTrainer(Trainer):
         self.identity = identity
         self.chooses_best = bool(val) and config.train.chooses_best
         self.run_state = RunState()
+        self.checkpoint_bytes = 0
         self._staging: Path | None = None
         self._restored: dict[str, Any] = {}
         dataset = Steps(schedule, examples, config.train.packing, pad_id)
@@ -162,16 +164,17 @@ class SFTTrainer(Trainer):
             )
         console.warn(f"{reason} at step {step + 1}: the step is passed over; rows: {shown}")
         self.run_state.skipped_since += 1
+        self.run_state.skipped_total += 1
         for parameter in (p for p in self.model.parameters() if p.requires_grad):
             # an optimizer leaves alone what has no gradient; the scaler of fp16 wants to see one to pass over
             parameter.grad = torch.full_like(parameter, torch.inf) if self.args.fp16 else None
         return torch.zeros((), device=self.args.device)
 
     def refuse_broken_weights(self) -> None:
-        """Raise ``DivergedError`` when a trained weight is no longer a number: such a step must never be saved."""
+        """After an optimizer step: raise ``DivergedError`` when a trained weight is no longer a number: such a step must never be saved."""
         if not all_finite([p.detach() for p in self.model.parameters() if p.requires_grad]):
             raise DivergedError(
-                f"a trained weight became NaN or infinite at step {self.state.global_step}",
+                f"a trained weight became NaN or infinite at step {self.state.global_step + 1}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
 
@@ -206,7 +209,7 @@ class SFTTrainer(Trainer):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Loss and perplexity over the trained tokens of the val rows, by the packed path that training takes."""
         with self.compute_loss_context_manager():
-            budget = row_budget(self.config)
+            budget = row_budget(self.config) // self.run_state.divisor
             total, count = batch_loss(self.model, self.val, budget, packing=self.config.train.packing, loss=self.loss)
         loss = total / max(count, 1)
         if not math.isfinite(loss):  # before it is logged: no NaN reaches the disk
@@ -229,7 +232,7 @@ class SFTTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        with checkpoints.landing(folder, self.state.global_step, self.identity) as self._staging:
+        with checkpoints.landing(folder, self.state.global_step, self.identity, self.checkpoint_bytes) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -305,8 +308,8 @@ class SFTTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.restore_counters()
 
-    def try_save(self) -> int:
-        """Save and read back the weights once, before the first step; returns the bytes that a checkpoint will take.
+    def try_save(self) -> None:
+        """Save and read back the weights once, before the first step; know from then on what a checkpoint takes.
 
         Raises ``MachineError`` when the folder cannot be written or is too small for what the run will save.
         """
@@ -315,7 +318,7 @@ class SFTTrainer(Trainer):
         # Adam keeps two numbers a weight
         states = sum(p.numel() for p in trained) * (2 if "8bit" in optimizer_name(self.config, self.machine) else 8)
         weights = sum(value.nbytes for value in adapters.trained_state(self.model).values())
-        need = weights + states
+        need = self.checkpoint_bytes = weights + states
         # those that rotation keeps, the best one, one in the making, and the export
         total = (self.config.train.save_total_limit + 2) * need + weights + 2**24
         free = shutil.disk_usage(folder).free
@@ -333,10 +336,9 @@ class SFTTrainer(Trainer):
                 adapters.load_weights(self.model, staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        return need
 
 
-_COUNTERS = ("divisor", "skipped", "steps_since", "skipped_since")
+_COUNTERS = ("divisor", "skipped", "steps_since", "skipped_since", "skipped_total")
 MOST_SKIPPED = 5  # so many steps in a row without a finite loss are no accident
 
 

@@ -1,0 +1,173 @@
+"""Whether Unsloth works here, found out in a child process before this one imports anything heavy.
+
+The child (``unsloth_child``) trains one step of a tiny model of the wanted architecture. Its verdict is kept in
+.cache/probes, under a key of all that can change it: a working one for good, a failing one for an hour, as the user
+may have mended something that has no version. A crash or a hang is never kept.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from scripts.utils import console, files, hardware
+from scripts.utils.errors import MachineError, RefusedError
+
+if TYPE_CHECKING:
+    from scripts.utils.schema import Config
+
+Kind = Literal["absent", "accelerator", "import", "architecture", "step", "crash", "hang"]
+SECONDS = 300  # importing Unsloth takes 25 s on two slow cores, its first compilation on a GPU a minute more
+MARK = "sft-probe "  # begins the child's lines: Unsloth prints its own to the same place
+_TRUSTED_SECONDS = 3600
+_PACKAGES = (
+    "unsloth unsloth_zoo torch transformers peft bitsandbytes xformers triton torchvision flash_attn trl accelerate"
+).split()
+_SWITCHES = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")  # and UNSLOTH_*
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reason`` is one line, None where Unsloth works; ``xformers`` is on, off: <reason>, or not installed.
+
+    ``tried`` says how far the probe could go; ``attention`` and ``precision`` are what the tiny model really had.
+    """
+
+    reason: str | None = None
+    kind: Kind | None = None
+    xformers: str = "not installed"
+    attention: str | None = None
+    precision: str | None = None
+    tried: str = ""
+
+    @property
+    def works(self) -> bool:
+        return self.reason is None
+
+
+def verdict(config: "Config", model: Path, *, fresh: bool = False, seconds: float = SECONDS) -> Verdict:
+    """Ask the cache, then the child. ``model`` is a local folder with config.json and tokenizer; ``fresh`` renews."""
+    xformers = "not installed" if find_spec("xformers") is None else "not tried"
+    if find_spec("unsloth") is None:
+        return Verdict("it is not installed", "absent", xformers)
+    path = cache_folder() / f"{key(config, model)}.json"
+    if not fresh and (known := _kept(path)):
+        return known
+    console.note("train", "trying Unsloth on a tiny model of this architecture first (cached afterwards)")
+    question = {"config": config.model_dump(), "model": str(model), "xformers_off": None}
+    found, stage = _ask(question, seconds)
+    about_xformers = stage == "xformers" or "memory_efficient_attention" in (found.reason or "")
+    if not found.works and about_xformers and not found.xformers.startswith("off"):
+        # xformers took the child down, or only fails in the model's own shapes: once more without it
+        found, _ = _ask({**question, "xformers_off": found.reason}, seconds)
+    if found.kind not in ("crash", "hang"):
+        with contextlib.suppress(OSError, MachineError):  # a cache only: a read-only disk must not stop a run
+            files.write_json(path, {"at": time.time(), **asdict(found)})
+    return found
+
+
+def cache_folder() -> Path:
+    return files.REPO_ROOT / ".cache" / "probes"
+
+
+def _kept(path: Path) -> Verdict | None:
+    try:
+        entry = files.read_json(path)
+        at = entry.pop("at")
+        kept = Verdict(**entry)
+    except (OSError, RefusedError, TypeError, KeyError, AttributeError):
+        return None
+    return kept if kept.works or 0 <= time.time() - at < _TRUSTED_SECONDS else None
+
+
+def key(config: "Config", model: Path) -> str:
+    """Hash of all that can change the verdict."""
+    train = config.train
+    return files.sha256_json(
+        {
+            "python": [platform.python_version(), sys.prefix],
+            "versions": {name: version(name) for name in _PACKAGES},
+            "device": _device(),
+            "precision": [train.precision, train.bf16, train.fp16],
+            "tuning": [config.tuning.mode, config.model.attention, train.gradient_checkpointing],
+            "architecture": (model / "config.json").read_text(encoding="utf-8"),
+            "switches": {
+                name: value for name, value in os.environ.items() if name.startswith("UNSLOTH_") or name in _SWITCHES
+            },
+        }
+    )[:32]
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    """Names and driver of the NVIDIA cards, without torch; else the CPU's name."""
+    if shutil.which("nvidia-smi"):
+        words = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
+            if done.returncode == 0 and done.stdout.strip():
+                return done.stdout.strip()
+    return hardware.cpu_name()
+
+
+def _ask(question: dict[str, Any], seconds: float) -> tuple[Verdict, str]:
+    """Run the child to its end; the verdict, and the stage that it came to."""
+    path = os.pathsep.join(filter(None, (str(files.REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory(prefix="sft-probe-") as folder, tempfile.TemporaryFile("w+b") as output:
+        # output to a file and a session of its own: Unsloth may leave workers behind that would hold a pipe open
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "scripts.utils.unsloth_child", json.dumps(question)],
+            cwd=folder,  # Unsloth writes its compiled code into the current folder
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()
+    said = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+    stage = next((line["stage"] for line in reversed(said) if "stage" in line), "start")
+    if said and "verdict" in said[-1]:
+        return Verdict(**said[-1]["verdict"]), stage
+    where = f"while it was trying {_STAGES[stage]}"
+    if code is None:
+        return Verdict(f"its trial did not end within {seconds:g} seconds ({where})", "hang"), stage
+    if code < 0:
+        return Verdict(f"its trial was ended by {signal.Signals(-code).name} {where}", "crash"), stage
+    last = next((line for line in reversed(lines) if line.strip() and not line.startswith(MARK)), "no message")
+    return Verdict(f"its trial ended with code {code} {where}: {last.strip()[:300]}", "crash"), stage
+
+
+_STAGES = {
+    "start": "to start",
+    "xformers": "the attention of xformers",
+    "import": "its import",
+    "model": "to load a tiny model",
+    "step": "one step on a tiny model",
+}
