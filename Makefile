@@ -10,7 +10,7 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR
+unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -34,6 +34,7 @@ export SFT_INPUT = $(value INPUT)
 export SFT_OUTPUT = $(value OUTPUT)
 export SFT_WHICH = $(value WHICH)
 export SFT_CLEAR = $(value CLEAR)
+export SFT_KILLS = $(value KILLS)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -134,7 +135,7 @@ merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by
 	@$(PY) scripts/merge.py
 
 ##@ Develop
-.PHONY: install-dev test test-fast lint format clean clean-all
+.PHONY: install-dev test test-fast torture lint format clean clean-all
 install-dev: export SFT_EXTRAS = dev $(value EXTRAS)
 install-dev:
 	@env/install.sh
@@ -144,6 +145,9 @@ test: install-dev ## install what the tests need and run them all
 
 test-fast: install-dev ## the tests that take under 3 minutes together
 	@$(PY) -m pytest -m "not slow"
+
+torture: install-dev ## kill a run at random and at every crash point of its saves, fill its disk, resume each time   KILLS=200
+	@$(PY) -m tests.torture
 
 lint: install-dev ## ruff, mypy, shellcheck
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && \
@@ -167,3 +171,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
 #: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
+#: KILLS    kills of make torture (200)

@@ -1,7 +1,9 @@
 """train: what the config says is what runs, what the stamp says is what ran, and nothing is lost on the way."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -475,23 +477,96 @@ def mounted(folder: Path, size: str) -> bool:
     )
 
 
+ROOM = [0, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 7 << 20, 13 << 20, 18 << 20]  # bytes; a checkpoint takes 19 MiB
+
+
 @pytest.mark.slow
-def test_a_full_disk_stops_with_the_path_and_the_last_whole_checkpoint_resumes_once_there_is_room(
-    project: Callable[..., Path],
+def test_a_disk_that_fills_up_stops_the_run_and_the_last_checkpoint_resumes_once_there_is_room(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = project(max_steps=4)
+    folder = project(max_steps=3)
     steps = "tuning.mode=full train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1"
+    if not mounted(folder / "outputs", "400m"):
+        pytest.skip("a small file system cannot be mounted here")
+    filler, original = folder / "outputs" / "filler", callbacks.Report.on_step_begin
+    room: int | None = None
+
+    def begin(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if room is not None and state.global_step == 1:
+            filler.write_bytes(b"0" * (shutil.disk_usage(folder / "outputs").free - room))
+
+    monkeypatch.setattr(callbacks.Report, "on_step_begin", begin)
+    try:
+        run_steps(overrides=f"run.name=whole {steps}")
+        for number, room in enumerate(ROOM):
+            run = folder / "outputs" / f"r{number}"
+            with pytest.raises(MachineError, match="the disk is full") as caught:
+                run_steps(overrides=f"run.name={run.name} {steps}")
+            assert str(run) in caught.value.message and "bytes" in caught.value.message, room
+            assert caught.value.exit_code == 4 and caught.value.hint
+            kept = checkpoints.listed(run)
+            assert [path.name for path in kept] == ["checkpoint-1"] and checkpoints.damage(kept[0]) is None, room
+            filler.unlink()
+            room = None
+            run_steps(overrides=f"run.name={run.name} {steps}")
+            assert stamp.require(run.name)["starts"][-1]["from_step"] == 1
+            weights = "model.safetensors"
+            assert files.sha256_file(Path("adapters") / run.name / weights) == files.sha256_file(
+                Path("adapters/whole") / weights
+            )
+            shutil.rmtree(run)
+    finally:
+        subprocess.run(["umount", "-l", str(folder / "outputs")])
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_too_small_is_said_before_the_first_step(project: Callable[..., Path]) -> None:
+    folder = project(max_steps=3)
     if not mounted(folder / "outputs", "50m"):
         pytest.skip("a small file system cannot be mounted here")
     try:
-        with pytest.raises(MachineError, match="the disk is full") as caught:
-            run_steps(overrides=steps)
-        assert "checkpoint-" in caught.value.message and caught.value.exit_code == 4
-        kept = sorted(path.name for path in (folder / "outputs" / RUN).glob("checkpoint-*"))
-        assert kept and all(checkpoints.damage(folder / "outputs" / RUN / name) is None for name in kept)
-        subprocess.run(["mount", "-o", "remount,size=500m", str(folder / "outputs")], check=True)
-        run_steps(overrides=steps)
-        assert stamp.require(RUN)["status"] == "finished"
-        assert stamp.require(RUN)["starts"][-1]["from_step"] == checkpoints.step_of(Path(kept[-1]))
+        with pytest.raises(MachineError, match=r"this run will need about [\d,]+ bytes, [\d,]+ are free") as caught:
+            run_steps(overrides="tuning.mode=full")
+        assert caught.value.exit_code == 4 and "save_total_limit" in caught.value.hint
+        assert not losses() if (Path("outputs") / RUN / "metrics.jsonl").exists() else True
+        assert not list((folder / "outputs" / RUN).glob(".checkpoint*"))
     finally:
         subprocess.run(["umount", "-l", str(folder / "outputs")])
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, so the trial save itself is made to fail as a read-only folder would."""
+    from scripts.utils import adapters
+
+    def refuse(model: Any, folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    project(max_steps=3)
+    monkeypatch.setattr(adapters, "save_weights", refuse)
+    with pytest.raises(MachineError, match="no permission to write") as caught:
+        run_steps()
+    assert caught.value.exit_code == 4 and not (Path("outputs") / RUN / "metrics.jsonl").exists()
+
+
+def test_the_stamp_is_printed_for_people(project: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    project(max_steps=1)
+    run_steps()
+    capsys.readouterr()
+    train.work(train.build_parser().parse_args(["--show-stamp", RUN]), load_config("tiny.yaml"))
+    shown = capsys.readouterr().out
+    for words in ("bitsandbytes", "fp32", "lora, r 4, alpha 8", "20 train rows", "finished", "backend.json", "torch "):
+        assert words in shown, words
+
+
+def test_settings_that_need_val_rows_are_refused_without_them_before_a_model_loads(
+    project: Callable[..., Path],
+) -> None:
+    project(rows=1, max_steps=1)
+    for words in ("train.load_best_model_at_end=true", "train.early_stopping_patience=2"):
+        with pytest.raises(UserError, match="val rows") as caught:
+            run_steps(overrides=words)
+        assert "load_best_model_at_end: auto" in caught.value.hint
+        assert not (Path("outputs") / RUN / "backend.json").exists()
