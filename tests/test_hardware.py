@@ -1,9 +1,11 @@
 """Precision is resolved against the hardware, tested without a GPU by feeding capabilities in."""
 
+from pathlib import Path
+
 import pytest
 
 from scripts.utils.errors import MachineError
-from scripts.utils.hardware import Hardware, best_precision, choose_precision, supported
+from scripts.utils.hardware import Hardware, best_precision, choose_precision, nvidia, supported
 from scripts.utils.schema import TrainSection
 
 GIB = 2**30
@@ -77,3 +79,17 @@ def test_strict_refuses_instead_of_replacing(train: dict[str, bool]) -> None:
 
 def test_every_answer_comes_with_a_reason() -> None:
     assert all(supported(p, m)[1] for p in ("bf16", "fp16", "fp32") for m in (PASCAL, ADA, MPS, CPU))  # type: ignore[arg-type]
+
+
+def test_name_and_driver_of_the_cards_are_read_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for nvidia-smi, which prints what the real one prints."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert nvidia("name", "driver_version") == ""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\n[ "$1" = --query-gpu=name,driver_version ] && echo "NVIDIA GeForce RTX 4060, 580.65.06"\n'
+    )
+    tool.chmod(0o755)
+    assert nvidia("name", "driver_version") == "NVIDIA GeForce RTX 4060, 580.65.06"
+    tool.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    assert nvidia("name", "driver_version") == ""

@@ -86,6 +86,8 @@ def test_a_run_leaves_everything_it_promises(project: Callable[..., Path], capsy
     }
     text = capsys.readouterr()
     assert "is trained" in text.out and "tok/s" in text.err and "left" in text.err
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (*adapter.iterdir(), *(out / "last").iterdir()) if p.is_file()}
+    assert len(set(modes.values())) == 1, "a colleague can read all of it, or none"
     assert not list(out.rglob("training_args.bin")), "the stock file is a pickle and may hold a token"
     assert not list(Path("outputs").rglob("*.tmp"))
 
@@ -289,7 +291,7 @@ IDENTITY = [
     "train.packing=false", "train.warmup=0.5", "train.weight_decay=0.1", "train.max_grad_norm=2", "train.max_steps=9",
     "train.optimizer=adamw_torch_fused", "lora.r=8", "lora.alpha=4", "lora.dropout=0.1", "lora.target_modules=[q_proj]",
     "tuning.mode=qlora", "tuning.mode=full", "train.precision=bf16", "render.max_length=100", "render.train_on=all",
-    "render.template=chatml", "data.split_seed=1",
+    "render.template=chatml", "data.split_seed=1", "train.pack_length=64", "train.epochs=2", "train.early_stopping_patience=3",
 ]  # fmt: skip
 
 

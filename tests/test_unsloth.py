@@ -144,6 +144,14 @@ def test_what_unsloth_trained_is_evaluated_by_transformers_with_the_loss_that_tr
     assert found["base"]["loss"] > found["tuned"]["loss"] * 1.01
 
 
+def test_a_run_never_goes_on_with_the_other_backend() -> None:
+    trained("fast-lora", "unsloth")
+    trained("plain-lora", "bitsandbytes")
+    for run, other in (("fast-lora", "bitsandbytes"), ("plain-lora", "unsloth")):
+        done = train(run, other)
+        assert done.returncode == 3 and "backend" in done.stderr and "init_adapter" in done.stderr, done.stderr[-2000:]
+
+
 def test_what_unsloth_trained_is_merged() -> None:
     trained("fast-lora", "unsloth")
     step("merge", "fast-lora")

@@ -88,6 +88,7 @@ def save_weights(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().contiguous() for name, value in trained_state(model).items()}
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    files.usual_mode(folder / "adapter_model.safetensors")
     shape = copy.copy(model.peft_config[model.active_adapter])
     shape.inference_mode = True
     shape.save_pretrained(str(folder))

@@ -71,7 +71,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            usual_mode(Path(temporary))
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -84,6 +84,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file that was made for its owner alone (temporary files, safetensors) the mode that a new file has."""
+    os.chmod(path, 0o666 & ~_umask())
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -38,13 +40,25 @@ def detect() -> Hardware:
             properties.name,
             properties.total_memory,
             (properties.major, properties.minor),
-            str(torch.version.cuda),
+            f"{(nvidia('driver_version').splitlines() or ['unknown'])[0]}, CUDA {torch.version.cuda}",
         )
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available():
         return Hardware("mps", platform.processor() or "Apple GPU", memory)
     name = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return Hardware("cpu", name, memory, cpu_bf16_faster=_bf16_is_faster_on_cpu())
+
+
+def nvidia(*fields: str) -> str:
+    """What nvidia-smi says of the cards, a line each, without torch; empty where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def cpu_name() -> str:

@@ -24,6 +24,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     tree = _to_json(state, "", tensors)
     save_file(tensors, str(folder / TENSORS))
+    files.usual_mode(folder / TENSORS)
     files.write_json(folder / TREE, tree)
 
 

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def key(config: "Config", model: Path) -> str:
         {
             "python": [platform.python_version(), sys.prefix],
             "versions": {name: version(name) for name in _PACKAGES},
-            "device": _device(),
+            "device": hardware.nvidia("name", "driver_version") or hardware.cpu_name(),
             "precision": [train.precision, train.bf16, train.fp16],
             "tuning": [config.tuning.mode, config.model.attention, train.gradient_checkpointing],
             "architecture": (model / "config.json").read_text(encoding="utf-8"),
@@ -114,17 +113,6 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _device() -> str:
-    """Names and driver of the NVIDIA cards, without torch; else the CPU's name."""
-    if shutil.which("nvidia-smi"):
-        words = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
-            if done.returncode == 0 and done.stdout.strip():
-                return done.stdout.strip()
-    return hardware.cpu_name()
 
 
 def _ask(question: dict[str, Any], seconds: float) -> tuple[Verdict, str]:
