@@ -112,6 +112,18 @@ def test_there_are_at_least_24_places() -> None:
     assert len(PLACES) >= 24
 
 
+@pytest.mark.parametrize("place", ["gradient NaN, step 3", "optimizer state, step 3", "weight, step 3"])
+def test_broken_weights_are_never_saved_where_nothing_is_evaluated(
+    project: Callable[..., Path], planted: Planted, place: str
+) -> None:
+    step, plant = PLACES[place]
+    plant(planted)
+    project(max_steps=5)
+    with pytest.raises(DivergedError, match=f"step {step}"):
+        run_steps(overrides="train.pack_length=64 train.eval_strategy=no train.save_strategy=steps train.save_steps=1")
+    assert checkpoints.step_of(checkpoints.listed(Path("outputs") / RUN)[0]) == step - 1
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_loss_that_is_no_number_stops_in_its_step_and_never_reaches_the_disk(
     project: Callable[..., Path], planted: Planted, place: str

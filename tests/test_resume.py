@@ -85,7 +85,7 @@ def test_a_run_killed_after_any_step_ends_bit_for_bit_as_one_that_never_stopped(
         shutil.rmtree(Path("outputs") / run)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 6])
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 99])
 def test_early_stopping_stops_at_the_same_step_after_a_resume(project: Callable[..., Path], step: int) -> None:
     project(epochs=30, learning_rate=0.5, scheduler="constant", early_stopping_patience=2, save_total_limit=99)
     run_steps(overrides="run.name=whole")

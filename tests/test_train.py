@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from scripts.utils.config import load_config
 from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
 
 RUN = "tiny-sums"
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_they_were() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run_steps(*words: str, overrides: str = "", flags: dict[str, Any] | None = None) -> None:
