@@ -95,7 +95,7 @@ def render_row(
     done = chat.render_conversation(
         template, tokenizer, row["messages"], row.get("tools"), train_on=config.render.train_on
     )
-    encoded = encode(tokenizer, done.text, done.spans)
+    encoded = encode(tokenizer, done.text, done.spans, done.literals)
     if len(encoded.ids) > config.render.max_length:
         raise UserError(
             f"longer than render.max_length ({config.render.max_length} tokens)", "raise it, or shorten the row"
@@ -111,6 +111,7 @@ def render_row(
         "prompt_end": done.prompt_end,
         "prompt_spans": done.prompt_spans,
         "reference": done.reference,
+        **({"literals": done.literals} if done.literals else {}),
         "tokens": len(encoded.ids),
         "trained_tokens": encoded.trained_tokens,
         "source": row["source"],

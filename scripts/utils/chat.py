@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import template_child, template_guard
+from scripts.utils import literals, template_child, template_guard
 from scripts.utils.errors import UserError
 from scripts.utils.files import REPO_ROOT
 
@@ -38,7 +38,8 @@ class Rendered:
     """A whole conversation. Spans are [start, end) in characters of ``text``.
 
     ``spans`` carry loss; ``text[:prompt_end]`` is the prompt of the last assistant turn, whose content is
-    ``reference``; ``prompt_spans`` are the assistant turns inside that prompt.
+    ``reference``; ``prompt_spans`` are the assistant turns inside that prompt. ``literals`` are texts of messages
+    that spell a control token and stay text.
     """
 
     text: str
@@ -46,6 +47,7 @@ class Rendered:
     prompt_end: int
     prompt_spans: list[Span]
     reference: str
+    literals: list[Span]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Prompt:
 
     text: str
     spans: list[Span]
+    literals: list[Span]
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -106,6 +109,7 @@ def render_conversation(
     train_on: Literal["assistant", "all"] = "assistant",
 ) -> Rendered:
     """Render a whole conversation and find its spans; raises ``UserError`` with the reason when it cannot."""
+    messages, tools, guard = literals.guard(tokenizer, template.text, messages, tools)
     messages, tools = plain_tools(template, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -122,7 +126,11 @@ def render_conversation(
     prompt_end = spans[-1][0] if starts[-1] is None or marked else starts[-1]
     earlier = [span for span in spans if span[1] <= prompt_end]
     loss = [(0, len(text))] if train_on == "all" else spans
-    return Rendered(text, loss, prompt_end, earlier, str(messages[turns[-1]].get("content") or ""))
+    clean, found = literals.find(guard, text)
+    [(_, prompt_end)] = literals.shift(guard, text, [(0, prompt_end)])
+    loss, earlier = literals.shift(guard, text, loss), literals.shift(guard, text, earlier)
+    reference = str(messages[turns[-1]].get("content") or "").replace(guard.sentinel, "")
+    return Rendered(clean, loss, prompt_end, earlier, reference, found)
 
 
 def render_prompt(
@@ -132,8 +140,10 @@ def render_prompt(
     tools: list[Any] | None = None,
 ) -> Prompt:
     """Render a conversation that the model is to continue, with the template's generation prompt."""
-    history, flat_tools = plain_tools(template, messages, tools)
+    guarded, guarded_tools, guard = literals.guard(tokenizer, template.text, messages, tools)
+    history, flat_tools = plain_tools(template, guarded, guarded_tools)
     text, _ = _render(template, tokenizer, history, flat_tools, generation_prompt=True)
+    text, found = literals.find(guard, text)
     spans: list[Span] = []
     if any(message["role"] == "assistant" for message in history):
         last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
@@ -141,7 +151,7 @@ def render_prompt(
         # a template may show earlier turns differently once more follow (reasoning is often taken out)
         if text.startswith(known.text[: known.spans[-1][1]]):
             spans = known.spans
-    return Prompt(text, spans)
+    return Prompt(text, spans, found)
 
 
 def _render(
