@@ -14,9 +14,8 @@ if not __package__:  # run as a file: import from the repository root, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.utils import chat, command, console, files, stages
-from scripts.utils.encoding import encode
 from scripts.utils.errors import UserError
-from scripts.utils.rendered import wanted
+from scripts.utils.rendered import encode_row, wanted
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -95,7 +94,16 @@ def render_row(
     done = chat.render_conversation(
         template, tokenizer, row["messages"], row.get("tools"), train_on=config.render.train_on
     )
-    encoded = encode(tokenizer, done.text, done.spans, done.literals)
+    rendered = {
+        "id": row["id"],
+        "text": done.text,
+        "spans": done.spans,
+        "prompt_end": done.prompt_end,
+        "prompt_spans": done.prompt_spans,
+        "reference": done.reference,
+        **({"literals": done.literals} if done.literals else {}),
+    }
+    encoded = encode_row(tokenizer, rendered)
     if len(encoded.ids) > config.render.max_length:
         raise UserError(
             f"longer than render.max_length ({config.render.max_length} tokens)", "raise it, or shorten the row"
@@ -105,13 +113,7 @@ def render_row(
     if not encoded.trained_tokens:
         raise UserError("no token of it carries loss", "see render.train_on")
     return {
-        "id": row["id"],
-        "text": done.text,
-        "spans": done.spans,
-        "prompt_end": done.prompt_end,
-        "prompt_spans": done.prompt_spans,
-        "reference": done.reference,
-        **({"literals": done.literals} if done.literals else {}),
+        **rendered,
         "tokens": len(encoded.ids),
         "trained_tokens": encoded.trained_tokens,
         "source": row["source"],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
 TEMPLATES = REPO_ROOT / "chat_templates"
 _SMOLLM2 = "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788"  # sha256 of its template
 
@@ -106,14 +107,12 @@ def render_conversation(
     messages: list[dict[str, Any]],
     tools: list[Any] | None = None,
     *,
-    train_on: Literal["assistant", "all"] = "assistant",
+    train_on: TrainOn = "assistant",
 ) -> Rendered:
     """Render a whole conversation and find its spans; raises ``UserError`` with the reason when it cannot."""
-    messages, tools, guard = literals.guard(tokenizer, template.text, messages, tools)
-    messages, tools = plain_tools(template, messages, tools)
+    wanted = _trained_turns(messages, train_on)
+    messages, tools, guard = _prepared(template, tokenizer, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise UserError("the conversation has no assistant turn", "every row needs an answer to learn from")
     text, marked = _render(template, tokenizer, messages, tools)
     starts = [_answer_start(template, tokenizer, messages, tools, turn, text) for turn in turns]
     spans = marked or [
@@ -123,14 +122,65 @@ def render_conversation(
     spans = [_without_trailing_space(tokenizer, text, span) for span in spans]
     if not all(start < end for start, end in spans) or any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
         raise UserError("the template does not let the assistant's turns be told apart", "use another render.template")
-    prompt_end = spans[-1][0] if starts[-1] is None or marked else starts[-1]
+    owners = _owners(spans, starts)
+    last = max(number for number, yes in enumerate(wanted) if yes)
+    first_of_last = next((span[0] for span, owner in zip(spans, owners, strict=True) if owner == last), None)
+    if first_of_last is None:
+        raise UserError("the template does not show the turn that is to be learnt", "use another render.template")
+    start = starts[last]
+    prompt_end = first_of_last if start is None or marked else start
     earlier = [span for span in spans if span[1] <= prompt_end]
-    loss = [(0, len(text))] if train_on == "all" else spans
+    if train_on == "all":
+        loss = _gaps([span for span, owner in zip(spans, owners, strict=True) if not wanted[owner]], len(text))
+    else:
+        loss = [span for span, owner in zip(spans, owners, strict=True) if wanted[owner]]
     clean, found = literals.find(guard, text)
     [(_, prompt_end)] = literals.shift(guard, text, [(0, prompt_end)])
     loss, earlier = literals.shift(guard, text, loss), literals.shift(guard, text, earlier)
-    reference = str(messages[turns[-1]].get("content") or "").replace(guard.sentinel, "")
+    reference = str(messages[turns[last]].get("content") or "").replace(guard.sentinel, "")
     return Rendered(clean, loss, prompt_end, earlier, reference, found)
+
+
+def _prepared(
+    template: Template, tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[list[dict[str, Any]], list[Any] | None, literals.Guard]:
+    """What the template is given: no ``train`` flags, look-alikes guarded, tools as text where it knows none."""
+    shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
+    shown, tools, guard = literals.guard(tokenizer, template.text, shown, tools)
+    return *plain_tools(template, shown, tools), guard
+
+
+def _trained_turns(messages: list[dict[str, Any]], train_on: TrainOn) -> list[bool]:
+    """Which assistant turns carry loss, one entry each."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise UserError("the conversation has no assistant turn", "every row needs an answer to learn from")
+    if train_on == "all" and any(m.get("train") is False and m["role"] != "assistant" for m in messages):
+        raise UserError('"train": false on a turn that is not the assistant\'s cannot be kept with train_on: all', "")
+    asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    first = {"last_assistant": turns[-1], "completion": asked + 1}.get(train_on, 0)
+    wanted = [turn >= first and messages[turn].get("train") is not False for turn in turns]
+    if not any(wanted):
+        raise UserError(
+            f'no turn of it carries loss ("train": false, with train_on: {train_on})', "see render.train_on"
+        )
+    return wanted
+
+
+def _owners(spans: list[Span], starts: list[int | None]) -> list[int]:
+    """The assistant turn that each span belongs to: one each, or, where markers stand otherwise, by the turns' starts."""
+    if len(spans) == len(starts):
+        return list(range(len(starts)))
+    known = [start for start in starts if start is not None]
+    if len(known) < len(starts) or (spans and spans[0][0] < known[0]):
+        raise UserError("the template's generation markers do not fit the turns", "use another render.template")
+    return [sum(start <= span[0] for start in known) - 1 for span in spans]
+
+
+def _gaps(spans: list[Span], length: int) -> list[Span]:
+    """What of a text of ``length`` lies outside the spans."""
+    borders = [0, *(border for span in spans for border in span), length]
+    return [(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b]
 
 
 def render_prompt(
@@ -140,14 +190,14 @@ def render_prompt(
     tools: list[Any] | None = None,
 ) -> Prompt:
     """Render a conversation that the model is to continue, with the template's generation prompt."""
-    guarded, guarded_tools, guard = literals.guard(tokenizer, template.text, messages, tools)
-    history, flat_tools = plain_tools(template, guarded, guarded_tools)
+    history, flat_tools, guard = _prepared(template, tokenizer, messages, tools)
     text, _ = _render(template, tokenizer, history, flat_tools, generation_prompt=True)
     text, found = literals.find(guard, text)
     spans: list[Span] = []
     if any(message["role"] == "assistant" for message in history):
         last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        known = render_conversation(template, tokenizer, messages[: last + 1], tools)
+        so_far = [{**message, "train": None} for message in messages[: last + 1]]
+        known = render_conversation(template, tokenizer, so_far, tools)
         # a template may show earlier turns differently once more follow (reasoning is often taken out)
         if text.startswith(known.text[: known.spans[-1][1]]):
             spans = known.spans

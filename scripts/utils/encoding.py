@@ -39,10 +39,12 @@ def encode(
     text: str,
     spans: Iterable[Sequence[int]],
     literals: Iterable[Sequence[int]] = (),
+    cuts: Iterable[int] = (),
 ) -> Encoded:
     """Token ids of ``text`` and which of them lie in ``spans``; both sorted, not overlapping, in characters.
 
     ``literals`` are look-alikes of control tokens (see ``literals.py``): never the token, always its letters.
+    ``cuts`` are more places where the text is cut: the borders of turns without loss, which a prompt is cut at too.
     """
     trained_spans = [(span[0], span[1]) for span in spans]
     plain = [(span[0], span[1]) for span in literals]
@@ -50,7 +52,7 @@ def encode(
         return _encode_whole(tokenizer, text, trained_spans, plain)
     ids: list[int] = []
     trained: list[bool] = []
-    borders = sorted({0, len(text), *(border for span in (*trained_spans, *plain) for border in span)})
+    borders = sorted({0, len(text), *cuts, *(border for span in (*trained_spans, *plain) for border in span)})
     for start, end in pairwise(borders):
         letters = any(a <= start and end <= b for a, b in plain)
         new = _letters(tokenizer, text[start:end]) if letters else _ids(tokenizer, text[start:end])

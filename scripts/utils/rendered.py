@@ -89,7 +89,13 @@ def read_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
 
 def to_examples(tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]) -> list[Encoded]:
     """Token ids and loss masks, exactly as render counted them."""
-    return [encode(tokenizer, row["text"], row["spans"], row.get("literals", ())) for row in rows]
+    return [encode_row(tokenizer, row) for row in rows]
+
+
+def encode_row(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> Encoded:
+    """One rendered row, cut at every assistant turn, whether it carries loss or not: a prompt is cut there too."""
+    cuts = [row["prompt_end"], *(border for span in row["prompt_spans"] for border in span)]
+    return encode(tokenizer, row["text"], row["spans"], row.get("literals", ()), cuts)
 
 
 def to_prompts(tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]) -> list[list[int]]:
