@@ -167,6 +167,12 @@ def _trained_turns(messages: list[dict[str, Any]], train_on: TrainOn) -> list[bo
     return wanted
 
 
+def with_flags(messages: list[dict[str, Any]], train_on: TrainOn) -> list[dict[str, Any]]:
+    """The messages with ``"train": false`` on each assistant turn that carries no loss under ``train_on``."""
+    wanted = iter(_trained_turns(messages, train_on))
+    return [m if m["role"] != "assistant" or next(wanted) else {**m, "train": False} for m in messages]
+
+
 def _owners(spans: list[Span], starts: list[int | None]) -> list[int]:
     """The assistant turn that each span belongs to: one each, or, where markers stand otherwise, by the turns' starts."""
     if len(spans) == len(starts):
