@@ -46,6 +46,8 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         "render",
         f"template: {template.source}; loss on {config.render.train_on}; at most {config.render.max_length:,} tokens",
     )
+    for text in chat.template_warnings(template, tokenizer):
+        console.warn(text)
     progress = console.Progress("render", "rows", sum(want.source.manifest["splits"].values()))
     splits: dict[str, int] = {}
     tokens = {"total": 0, "trained": 0, "longest": 0}

@@ -215,7 +215,7 @@ def test_the_template_is_the_models_own_by_default_and_the_configs_where_it_says
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert choose_template(tokenizer, str(path)).text == path.read_text()
-    with pytest.raises(UserError, match=r"chatml, plain"):
+    with pytest.raises(UserError, match=r"alpaca, chatml, gemma, llama3, plain"):
         choose_template(tokenizer, "no-such-template")
 
 

@@ -8,6 +8,7 @@ markers where it has them, else by rendering the conversation up to each assista
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,10 +77,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
 def choose_template(tokenizer: "PreTrainedTokenizerBase", setting: str) -> Template:
     """The template for ``render.template``: 'auto', a name in chat_templates/, or the path of a Jinja file."""
     if setting == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default") or next(iter(own.values()))
-        if own:
+        if own := _own(tokenizer):
             return _template(own, "the model's own")
         plain = TEMPLATES / "plain.jinja"
         return _template(plain.read_text(encoding="utf-8"), "chat_templates/plain.jinja (the model has none)")
@@ -95,6 +93,31 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", setting: str) -> Templ
             f"render.template {setting!r} is neither a template file ({path.absolute()}) nor one of: {names}",
             "use auto for the model's own template",
         ) from error
+
+
+def _own(tokenizer: Any) -> str | None:
+    """The text of the template that the model brings."""
+    own = tokenizer.chat_template
+    return own.get("default") or next(iter(own.values()), None) if isinstance(own, dict) else own
+
+
+def template_warnings(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What a person should know who chose another template than the model's own."""
+    own = _own(tokenizer)
+    if template.text == own:
+        return []
+    found = []
+    if own:
+        found.append(
+            f"{template.source} is not the template that the model brings and was trained with; render.template: auto takes that one"
+        )
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    markers = re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", re.sub(r"{#.*?#}", "", template.text, flags=re.S))
+    if unknown := sorted(set(markers) - known):
+        found.append(
+            f"{template.source} writes {', '.join(unknown)}, which this tokenizer has no token for: they are trained as letters"
+        )
+    return found
 
 
 def _template(text: str, source: str) -> Template:
