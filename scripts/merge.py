@@ -114,7 +114,7 @@ def merge(run: str, facts: dict[str, Any], target: Path, wanted: dict[str, Any],
 
 def proof_rows(facts: dict[str, Any], source: "merging.Source") -> list[list[int]]:
     """Token ids of held-out rows that the run rendered; of built-in prompts, said aloud, where those are gone."""
-    from scripts.utils.encoding import encode
+    from scripts.utils.rendered import to_examples
 
     folder = stages.folder("render", facts["data"]["name"])
     for split in ("test", "val", "train"):
@@ -122,7 +122,7 @@ def proof_rows(facts: dict[str, Any], source: "merging.Source") -> list[list[int
         rows = [row for row, _ in zip(files.read_jsonl(path), range(ROWS), strict=False)] if path.is_file() else []
         if len(rows) >= 4 or (rows and split == "train"):
             console.note("merge", f"proof on {len(rows)} {split} rows of {folder}")
-            return [encode(source.tokenizer, row["text"], row["spans"]).ids[:TOKENS] for row in rows]
+            return [example.ids[:TOKENS] for example in to_examples(source.tokenizer, rows)]
     console.warn(f"the run's rendered rows are gone (looked in {folder.absolute()}): the proof uses built-in prompts")
     return merging.builtin_prompts(source)
 

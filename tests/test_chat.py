@@ -117,6 +117,65 @@ def test_train_on_all_puts_loss_on_the_whole_text_and_keeps_the_prompt() -> None
     assert done.spans == [(0, len(done.text))] and done.text[done.prompt_end :].startswith("b")
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+AGENT = [
+    *chat("Hello?", "Yes.", "Rain?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "No."},
+]
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [
+        ("assistant", ["Yes.<|im_end|>", CALLED, "No.<|im_end|>"]),
+        ("last_assistant", ["No.<|im_end|>"]),
+        ("completion", [CALLED, "No.<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["own", "chatml", "plain", "llama"])
+def test_train_on_chooses_the_turns_that_carry_loss(name: str, train_on: Any, expected: list[str]) -> None:
+    assert trained_texts(ALL[name](), AGENT, train_on=train_on) == expected
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    assert trained_texts(ALL[name](), AGENT, tools=tools, train_on=train_on) == expected
+
+
+def without_loss(messages: list[dict[str, Any]], *turns: int) -> list[dict[str, Any]]:
+    return [{**m, "train": False} if n in turns else m for n, m in enumerate(messages)]
+
+
+@pytest.mark.parametrize("name", ["own", "chatml", "plain", "llama"])
+def test_a_message_with_train_false_carries_no_loss(name: str) -> None:
+    t, messages = ALL[name](), chat("a", "bb", "c", "dd", "e", "ff")
+    assert trained_texts(t, without_loss(messages, 3)) == ["bb<|im_end|>", "ff<|im_end|>"]
+    first, second = trained_texts(t, without_loss(messages, 3), train_on="all")
+    whole = render_conversation(t, smollm2_tokenizer(), messages).text
+    assert first + "dd<|im_end|>" + second == whole, "the flag itself is never shown"
+    done = render_conversation(t, smollm2_tokenizer(), without_loss(messages, 5))
+    assert done.reference == "dd" and done.text[done.prompt_end :].startswith("dd"), "eval asks for what was learnt"
+
+
+@pytest.mark.parametrize("train_on", ["last_assistant", "completion"])
+def test_a_conversation_in_which_no_turn_trains_is_refused_with_its_reason(train_on: Any) -> None:
+    with pytest.raises(UserError, match="no turn of it carries loss"):
+        trained_texts(own(), without_loss(chat("a", "b", "c", "d"), 3), train_on=train_on)
+    with pytest.raises(UserError, match="train_on: all"):
+        trained_texts(own(), without_loss(chat("a", "b"), 0), train_on="all")
+
+
+def test_markers_that_stand_twice_in_a_turn_still_belong_to_it() -> None:
+    t = template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content[0] }}{% endgeneration %}-{% generation %}{{ m.content[1:] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = chat("a", "bcd", "e", "fgh")
+    assert trained_texts(t, messages, train_on="last_assistant") == ["f", "gh<|im_end|>"]
+    assert trained_texts(t, without_loss(messages, 3)) == ["b", "cd<|im_end|>"]
+
+
 def test_a_conversation_that_the_template_refuses_gives_its_reason() -> None:
     with pytest.raises(UserError, match="roles must alternate"):
         render_conversation(template(STRICT_STYLE), smollm2_tokenizer(), chat("a", "b", system="s"))
@@ -156,7 +215,7 @@ def test_the_template_is_the_models_own_by_default_and_the_configs_where_it_says
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert choose_template(tokenizer, str(path)).text == path.read_text()
-    with pytest.raises(UserError, match=r"chatml, plain"):
+    with pytest.raises(UserError, match=r"alpaca, chatml, gemma, llama3, plain"):
         choose_template(tokenizer, "no-such-template")
 
 

@@ -126,7 +126,9 @@ def turns(*roles: str) -> dict:
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}, "an assistant turn is empty"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]}, "an assistant turn is empty"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "a user turn holds parts that are not text"),
-        ({"messages": [{"role": "user", "content": "q"}, {**ANSWER, "weight": 0}]}, '"train": false and "weight" on a single turn are not supported'),
+        ({"messages": [{"role": "user", "content": "q"}, {**ANSWER, "weight": 0}]}, '"weight" on a single turn is not supported ("train": false keeps it out of the loss)'),
+        ({"messages": [{"role": "user", "content": "q"}, {**ANSWER, "train": "no"}]}, '"train" on a turn is not true or false'),
+        ({"messages": [{"role": "user", "content": "q"}, {**ANSWER, "train": False}]}, 'no turn to learn from: every assistant turn says "train": false'),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}, {"role": "user", "content": "q"}, ANSWER]}, "roles in a wrong order"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "not valid JSON in the arguments of a tool call"),
         ({"prompt": "q", "completion": "a", "tools": "[{"}, 'not valid JSON in "tools"'),
@@ -144,6 +146,14 @@ def turns(*roles: str) -> dict:
 def test_a_row_that_cannot_be_used_is_rejected_with_its_reason(tmp_path, row, reason):
     record = read_one(tmp_path, row)
     assert (record.content, record.reason) == (None, reason)
+
+
+def test_train_false_stays_on_its_message_and_true_is_what_is_meant_without_it(tmp_path):
+    question = {"role": "user", "content": "q"}
+    row = {"messages": [question, {**ANSWER, "train": False}, {**question, "train": None}, {**ANSWER, "train": True}]}
+    content = read_one(tmp_path, row).content
+    assert content is not None
+    assert content["messages"] == [question, {**ANSWER, "train": False}, question, ANSWER]
 
 
 def test_nothing_is_repaired_in_a_mixed_file_and_the_place_is_named(tmp_path):

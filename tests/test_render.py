@@ -9,8 +9,12 @@ import pytest
 
 from scripts import process, render, style
 from scripts.utils import files, stages
+from scripts.utils.chat import choose_template, render_prompt
 from scripts.utils.config import load_config
+from scripts.utils.encoding import encode_prompt
 from scripts.utils.errors import UserError
+from scripts.utils.rendered import to_examples, to_prompts
+from tests.tiny_models import smollm2_tokenizer
 
 
 def step(module: Any, *words: str, overrides: str = "") -> None:
@@ -64,6 +68,23 @@ def test_render_is_up_to_date_until_an_input_or_setting_changes(
     step(process)
     step(render, overrides="render.train_on=all")
     assert sum(len(rows(split)) for split in stages.SPLITS) == 25
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "completion", "all"])
+def test_a_rows_ids_are_those_of_its_prompt_whatever_carries_loss(project: Callable[..., Path], train_on: str) -> None:
+    folder, tokenizer = project(), smollm2_tokenizer()
+    turns = ["How?", "So  1", "\n\nAnd?", " 2 ", "Then  ", "\n 3"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    messages[1]["train"] = False  # type: ignore[assignment]
+    (folder / "data/raw/sums.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    step(process)
+    step(render, overrides=f"render.train_on={train_on}")
+    [row] = rows()
+    [example], [prompt] = to_examples(tokenizer, [row]), to_prompts(tokenizer, [row])
+    assert example.ids[: len(prompt)] == prompt
+    awaited = render_prompt(choose_template(tokenizer, "auto"), tokenizer, messages[:-1])
+    assert encode_prompt(tokenizer, awaited) == prompt
+    assert "So  1" not in "".join(row["text"][a:b] for a, b in row["spans"])
 
 
 def test_rows_that_are_too_long_are_counted_and_kept_aside_never_cut(project: Callable[..., Path]) -> None:

@@ -8,11 +8,12 @@ markers where it has them, else by rendering the conversation up to each assista
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import template_child, template_guard
+from scripts.utils import literals, template_child, template_guard
 from scripts.utils.errors import UserError
 from scripts.utils.files import REPO_ROOT
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
 TEMPLATES = REPO_ROOT / "chat_templates"
 _SMOLLM2 = "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788"  # sha256 of its template
 
@@ -38,7 +40,8 @@ class Rendered:
     """A whole conversation. Spans are [start, end) in characters of ``text``.
 
     ``spans`` carry loss; ``text[:prompt_end]`` is the prompt of the last assistant turn, whose content is
-    ``reference``; ``prompt_spans`` are the assistant turns inside that prompt.
+    ``reference``; ``prompt_spans`` are the assistant turns inside that prompt. ``literals`` are texts of messages
+    that spell a control token and stay text.
     """
 
     text: str
@@ -46,6 +49,7 @@ class Rendered:
     prompt_end: int
     prompt_spans: list[Span]
     reference: str
+    literals: list[Span]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Prompt:
 
     text: str
     spans: list[Span]
+    literals: list[Span]
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -72,10 +77,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
 def choose_template(tokenizer: "PreTrainedTokenizerBase", setting: str) -> Template:
     """The template for ``render.template``: 'auto', a name in chat_templates/, or the path of a Jinja file."""
     if setting == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default") or next(iter(own.values()))
-        if own:
+        if own := _own(tokenizer):
             return _template(own, "the model's own")
         plain = TEMPLATES / "plain.jinja"
         return _template(plain.read_text(encoding="utf-8"), "chat_templates/plain.jinja (the model has none)")
@@ -93,6 +95,31 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", setting: str) -> Templ
         ) from error
 
 
+def _own(tokenizer: Any) -> str | None:
+    """The text of the template that the model brings."""
+    own = tokenizer.chat_template
+    return own.get("default") or next(iter(own.values()), None) if isinstance(own, dict) else own
+
+
+def template_warnings(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What a person should know who chose another template than the model's own."""
+    own = _own(tokenizer)
+    if template.text == own:
+        return []
+    found = []
+    if own:
+        found.append(
+            f"{template.source} is not the template that the model brings and was trained with; render.template: auto takes that one"
+        )
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    markers = re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", re.sub(r"{#.*?#}", "", template.text, flags=re.S))
+    if unknown := sorted(set(markers) - known):
+        found.append(
+            f"{template.source} writes {', '.join(unknown)}, which this tokenizer has no token for: they are trained as letters"
+        )
+    return found
+
+
 def _template(text: str, source: str) -> Template:
     return Template(text, source, hashlib.sha256(text.encode()).hexdigest())
 
@@ -103,13 +130,12 @@ def render_conversation(
     messages: list[dict[str, Any]],
     tools: list[Any] | None = None,
     *,
-    train_on: Literal["assistant", "all"] = "assistant",
+    train_on: TrainOn = "assistant",
 ) -> Rendered:
     """Render a whole conversation and find its spans; raises ``UserError`` with the reason when it cannot."""
-    messages, tools = plain_tools(template, messages, tools)
+    wanted = _trained_turns(messages, train_on)
+    messages, tools, guard = _prepared(template, tokenizer, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise UserError("the conversation has no assistant turn", "every row needs an answer to learn from")
     text, marked = _render(template, tokenizer, messages, tools)
     starts = [_answer_start(template, tokenizer, messages, tools, turn, text) for turn in turns]
     spans = marked or [
@@ -119,10 +145,71 @@ def render_conversation(
     spans = [_without_trailing_space(tokenizer, text, span) for span in spans]
     if not all(start < end for start, end in spans) or any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
         raise UserError("the template does not let the assistant's turns be told apart", "use another render.template")
-    prompt_end = spans[-1][0] if starts[-1] is None or marked else starts[-1]
+    owners = _owners(spans, starts)
+    last = max(number for number, yes in enumerate(wanted) if yes)
+    first_of_last = next((span[0] for span, owner in zip(spans, owners, strict=True) if owner == last), None)
+    if first_of_last is None:
+        raise UserError("the template does not show the turn that is to be learnt", "use another render.template")
+    start = starts[last]
+    prompt_end = first_of_last if start is None or marked else start
     earlier = [span for span in spans if span[1] <= prompt_end]
-    loss = [(0, len(text))] if train_on == "all" else spans
-    return Rendered(text, loss, prompt_end, earlier, str(messages[turns[-1]].get("content") or ""))
+    if train_on == "all":
+        loss = _gaps([span for span, owner in zip(spans, owners, strict=True) if not wanted[owner]], len(text))
+    else:
+        loss = [span for span, owner in zip(spans, owners, strict=True) if wanted[owner]]
+    clean, found = literals.find(guard, text)
+    [(_, prompt_end)] = literals.shift(guard, text, [(0, prompt_end)])
+    loss, earlier = literals.shift(guard, text, loss), literals.shift(guard, text, earlier)
+    reference = str(messages[turns[last]].get("content") or "").replace(guard.sentinel, "")
+    return Rendered(clean, loss, prompt_end, earlier, reference, found)
+
+
+def _prepared(
+    template: Template, tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[list[dict[str, Any]], list[Any] | None, literals.Guard]:
+    """What the template is given: no ``train`` flags, look-alikes guarded, tools as text where it knows none."""
+    shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
+    shown, tools, guard = literals.guard(tokenizer, template.text, shown, tools)
+    return *plain_tools(template, shown, tools), guard
+
+
+def _trained_turns(messages: list[dict[str, Any]], train_on: TrainOn) -> list[bool]:
+    """Which assistant turns carry loss, one entry each."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise UserError("the conversation has no assistant turn", "every row needs an answer to learn from")
+    if train_on == "all" and any(m.get("train") is False and m["role"] != "assistant" for m in messages):
+        raise UserError('"train": false on a turn that is not the assistant\'s cannot be kept with train_on: all', "")
+    asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    first = {"last_assistant": turns[-1], "completion": asked + 1}.get(train_on, 0)
+    wanted = [turn >= first and messages[turn].get("train") is not False for turn in turns]
+    if not any(wanted):
+        raise UserError(
+            f'no turn of it carries loss ("train": false, with train_on: {train_on})', "see render.train_on"
+        )
+    return wanted
+
+
+def with_flags(messages: list[dict[str, Any]], train_on: TrainOn) -> list[dict[str, Any]]:
+    """The messages with ``"train": false`` on each assistant turn that carries no loss under ``train_on``."""
+    wanted = iter(_trained_turns(messages, train_on))
+    return [m if m["role"] != "assistant" or next(wanted) else {**m, "train": False} for m in messages]
+
+
+def _owners(spans: list[Span], starts: list[int | None]) -> list[int]:
+    """The assistant turn that each span belongs to: one each, or, where markers stand otherwise, by the turns' starts."""
+    if len(spans) == len(starts):
+        return list(range(len(starts)))
+    known = [start for start in starts if start is not None]
+    if len(known) < len(starts) or (spans and spans[0][0] < known[0]):
+        raise UserError("the template's generation markers do not fit the turns", "use another render.template")
+    return [sum(start <= span[0] for start in known) - 1 for span in spans]
+
+
+def _gaps(spans: list[Span], length: int) -> list[Span]:
+    """What of a text of ``length`` lies outside the spans."""
+    borders = [0, *(border for span in spans for border in span), length]
+    return [(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b]
 
 
 def render_prompt(
@@ -132,16 +219,18 @@ def render_prompt(
     tools: list[Any] | None = None,
 ) -> Prompt:
     """Render a conversation that the model is to continue, with the template's generation prompt."""
-    history, flat_tools = plain_tools(template, messages, tools)
+    history, flat_tools, guard = _prepared(template, tokenizer, messages, tools)
     text, _ = _render(template, tokenizer, history, flat_tools, generation_prompt=True)
+    text, found = literals.find(guard, text)
     spans: list[Span] = []
     if any(message["role"] == "assistant" for message in history):
         last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        known = render_conversation(template, tokenizer, messages[: last + 1], tools)
+        so_far = [{**message, "train": None} for message in messages[: last + 1]]
+        known = render_conversation(template, tokenizer, so_far, tools)
         # a template may show earlier turns differently once more follow (reasoning is often taken out)
         if text.startswith(known.text[: known.spans[-1][1]]):
             spans = known.spans
-    return Prompt(text, spans)
+    return Prompt(text, spans, found)
 
 
 def _render(

@@ -8,6 +8,7 @@ the padding token is the end token.
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils.chat import Prompt, Span
@@ -33,26 +34,54 @@ class Encoded:
         return sum(self.trained[1:])
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", text: str, spans: Iterable[Sequence[int]]) -> Encoded:
-    """Token ids of ``text`` and which of them lie in ``spans`` (sorted, not overlapping, in characters)."""
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    spans: Iterable[Sequence[int]],
+    literals: Iterable[Sequence[int]] = (),
+    cuts: Iterable[int] = (),
+) -> Encoded:
+    """Token ids of ``text`` and which of them lie in ``spans``; both sorted, not overlapping, in characters.
+
+    ``literals`` are look-alikes of control tokens (see ``literals.py``): never the token, always its letters.
+    ``cuts`` are more places where the text is cut: the borders of turns without loss, which a prompt is cut at too.
+    """
+    trained_spans = [(span[0], span[1]) for span in spans]
+    plain = [(span[0], span[1]) for span in literals]
     if _adds_prefix_space(tokenizer):
-        return _encode_whole(tokenizer, text, [(s[0], s[1]) for s in spans])
+        return _encode_whole(tokenizer, text, trained_spans, plain)
     ids: list[int] = []
     trained: list[bool] = []
-    position = 0
-    for start, end in [*((s[0], s[1]) for s in spans), (len(text), len(text))]:
-        for piece, inside in ((text[position:start], False), (text[start:end], True)):
-            if piece:
-                new = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-                ids += new
-                trained += [inside] * len(new)
-        position = end
+    borders = sorted({0, len(text), *cuts, *(border for span in (*trained_spans, *plain) for border in span)})
+    for start, end in pairwise(borders):
+        letters = any(a <= start and end <= b for a, b in plain)
+        new = _letters(tokenizer, text[start:end]) if letters else _ids(tokenizer, text[start:end])
+        ids += new
+        trained += [any(a <= start and end <= b for a, b in trained_spans)] * len(new)
     return Encoded(ids, trained)
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+
+def _letters(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a look-alike's letters. An added token that is not marked special has to be cut to come apart."""
+    ids = _ids(tokenizer, text, split_special_tokens=True)
+    if _holds_control_token(tokenizer, ids) and len(text) > 1:
+        ids = [i for part in (text[0], text[1:]) for i in _ids(tokenizer, part, split_special_tokens=True)]
+    if _holds_control_token(tokenizer, ids):
+        raise UserError(f"a message spells the control token {text!r}, which has no other spelling", "take it out")
+    return ids
+
+
+def _holds_control_token(tokenizer: Any, ids: list[int]) -> bool:
+    return any(i in tokenizer.added_tokens_decoder for i in ids)
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """Ids of a prompt, cut at the same places as in training."""
-    return encode(tokenizer, prompt.text, prompt.spans).ids
+    return encode(tokenizer, prompt.text, prompt.spans, prompt.literals).ids
 
 
 def _adds_prefix_space(tokenizer: Any) -> bool:
@@ -64,16 +93,29 @@ def _adds_prefix_space(tokenizer: Any) -> bool:
     return bool(known)
 
 
-def _encode_whole(tokenizer: Any, text: str, spans: list[Span]) -> Encoded:
-    """Tokenise in one piece and map spans by offsets; refuses a row whose span borders fall inside a token."""
+def _encode_whole(tokenizer: Any, text: str, spans: list[Span], literals: list[Span]) -> Encoded:
+    """Tokenise in one piece and map spans by offsets; refuses a row whose span borders fall inside a token.
+
+    Look-alikes are held apart by a character that is taken out again: pieces would each gain a space.
+    """
+    apart = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text) if literals else ""
+    for start, _ in reversed(literals):
+        text = text[: start + 1] + apart + text[start + 1 :]
+    cuts = [start + 1 + number for number, (start, _) in enumerate(literals)]
+    spans = [tuple(border + sum(start < border for start, _ in literals) for border in span) for span in spans]  # type: ignore[misc]
     both = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    trained = []
-    for start, end in both["offset_mapping"]:
+    ids, trained = [], []
+    for token, (start, end) in zip(both["input_ids"], both["offset_mapping"], strict=True):
+        if any(start <= cut < end for cut in cuts):
+            if end - start > 1:
+                raise UserError("a message spells a control token that does not come apart", "take it out")
+            continue
         inside = [start < b and end > a and end > start for a, b in spans]
         if any(inside) and not any(a <= start and end <= b for a, b in spans):
             raise UserError("a token reaches over the border of an assistant turn", "use another render.template")
+        ids.append(token)
         trained.append(any(inside))
-    return Encoded(list(both["input_ids"]), trained)
+    return Encoded(ids, trained)
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:

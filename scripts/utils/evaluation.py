@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from scripts.utils import console, metrics, rendered
-from scripts.utils.encoding import batch_loss, encode
+from scripts.utils.encoding import batch_loss
 from scripts.utils.generation import Generated, check_lengths, generate
 from scripts.utils.trained import Trained, adapter_off
 
@@ -41,7 +41,7 @@ def answering_as(trained: Trained, side: Side) -> Iterator[None]:
 
 def evaluate(trained: Trained, side: Side, rows: list[dict[str, Any]], config: "Config") -> Answers:
     """Loss over the rows' trained tokens, then greedy answers to their last prompts, scored."""
-    prompts = [encode(trained.tokenizer, row["text"][: row["prompt_end"]], row["prompt_spans"]).ids for row in rows]
+    prompts = rendered.to_prompts(trained.tokenizer, rows)
     names = [f"row {row['id'][:12]} ({row['source']['file']}:{row['source']['line']})" for row in rows]
     if config.eval.generate:
         check_lengths(trained.model, prompts, names)

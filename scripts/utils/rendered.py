@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import files, model_store, stages
+from scripts.utils import files, literals, model_store, stages
 from scripts.utils.config import data_name
 from scripts.utils.encoding import Encoded, encode
 from scripts.utils.errors import UserError
@@ -58,6 +58,7 @@ def wanted(config: "Config") -> Wanted:
         "max_length": config.render.max_length,
         "too_long": config.render.too_long,
         "style": _style_of(source),
+        "version": 2,  # raise it when the same rows come out differently
     }
     return Wanted(folder, source, model, inputs, settings)
 
@@ -88,4 +89,23 @@ def read_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
 
 def to_examples(tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]) -> list[Encoded]:
     """Token ids and loss masks, exactly as render counted them."""
-    return [encode(tokenizer, row["text"], row["spans"]) for row in rows]
+    return [encode_row(tokenizer, row) for row in rows]
+
+
+def encode_row(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> Encoded:
+    """One rendered row, cut at every assistant turn, whether it carries loss or not: a prompt is cut there too."""
+    cuts = [row["prompt_end"], *(border for span in row["prompt_spans"] for border in span)]
+    return encode(tokenizer, row["text"], row["spans"], row.get("literals", ()), cuts)
+
+
+def to_prompts(tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]) -> list[list[int]]:
+    """Token ids of each row's last prompt, as they stand in the row's example."""
+    return [
+        encode(
+            tokenizer,
+            row["text"][: row["prompt_end"]],
+            row["prompt_spans"],
+            literals.within(row.get("literals", ()), 0, row["prompt_end"]),
+        ).ids
+        for row in rows
+    ]

@@ -47,9 +47,9 @@ class StyleSection(Section):
 
 class RenderSection(Section):
     template: str = "auto"
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
     max_length: Annotated[int, Field(ge=8)] = 2048
-    too_long: Literal["drop", "error"] = "drop"
+    too_long: Literal["drop", "truncate_start", "truncate_end", "split_turns", "error"] = "drop"
 
 
 class TuningSection(Section):

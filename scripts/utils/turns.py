@@ -70,8 +70,10 @@ def read_turn(turn: Any, left_out: dict[str, int]) -> dict[str, Any]:
     role = _ROLES.get(spoken.lower()) if isinstance(spoken, str) else None
     if role is None:
         raise Unusable("a turn has an unknown role", repr(spoken)[:60])
-    if turn.get("train") is False or turn.get("weight") not in (None, 1, True):
-        raise Unusable('"train": false and "weight" on a single turn are not supported')
+    if not isinstance(train := turn.get("train"), bool | None):
+        raise Unusable('"train" on a turn is not true or false', f"it is {kind_of(train)}")
+    if turn.get("weight") not in (None, 1, True):
+        raise Unusable('"weight" on a single turn is not supported ("train": false keeps it out of the loss)')
     for name in turn.keys() - _READ_KEYS:
         if not is_blank(turn[name]):
             left_out[f"turn.{name}"] = left_out.get(f"turn.{name}", 0) + 1
@@ -88,7 +90,8 @@ def read_turn(turn: Any, left_out: dict[str, int]) -> dict[str, Any]:
         # a tool may return nothing, and an empty system message says that no default one is wanted
         if role in ("user", "assistant") and is_blank(message["content"]):
             raise Unusable(f"{what} is empty")
-    return message | {name: turn[name] for name in _KEPT_KEYS if isinstance(turn.get(name), str)}
+    kept = {name: turn[name] for name in _KEPT_KEYS if isinstance(turn.get(name), str)}
+    return message | kept | ({"train": False} if train is False else {})
 
 
 def _parsed(value: Any, what: str) -> Any:
@@ -154,5 +157,7 @@ def check_order(messages: list[dict[str, Any]]) -> None:
         before = "call" if message.get("tool_calls") else role
     if not any(message["role"] == "assistant" for message in messages):
         raise Unusable("no assistant turn")
+    if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
+        raise Unusable('no turn to learn from: every assistant turn says "train": false')
     if before not in ("assistant", "call"):
         raise Unusable("the last turn is not the assistant's", f"it is {before}")
