@@ -61,7 +61,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:

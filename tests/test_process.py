@@ -217,7 +217,7 @@ BAD = [
     ("headerless CSV", "a.csv", "What is this?,A test\nAnd this?,Too\n", ["found: 'What is this?', 'A test'"]),
     ("latin-1", "a.csv", b"question,answer\nq,caf\xe9\n", ["a.csv:2: not UTF-8: byte 0xe9 at offset 21"]),
     ("UTF-16", "a.csv", "question,answer\nq,a\n".encode("utf-16"), ["is UTF-16, not UTF-8 text"]),
-    ("gzip", "a.jsonl", b"\x1f\x8b\x08\x00abc", ["is gzip-compressed"]),
+    ("gzip", "a.jsonl", b"\x1f\x8b\x08\x00abc", ["a.jsonl: the gzip file is cut short: it ends after 0 bytes"]),
     ("broken array", "a.json", '[{"question": "q"', ["a.json:1:18: not valid JSON"]),
     ("only answers that are empty", "a.jsonl", pairs("q", answer=""), ["1 of 1 rows cannot be used, so none is left"]),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Raw data files as rows: which files there are, and the rows of each (JSON, JSON lines, CSV, TSV) with their lines.
 
+Any of them may be packed with gzip or zstd.
 Nothing is judged here but whether a row can be read at all. A row that cannot (a broken JSON line, a CSV line with a
 field too many) comes out with a reason; a file that cannot (not UTF-8, a broken JSON array) is a ``UserError``.
 """
@@ -10,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from scripts.utils import unpacked
 from scripts.utils.errors import UserError
 from scripts.utils.json_rows import BOM, RawRow, lines, read_json
 
-READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # each also with .gz or .zst behind it
 # files whose name says JSON or CSV and whose bytes say otherwise; first bytes → what to call it
 _OTHER_KINDS = {
-    b"\x1f\x8b": "gzip-compressed",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"\x1f\x8b": "packed twice",
+    b"\x28\xb5\x2f\xfd": "packed twice",
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"PAR1": "Parquet",
     b"\xff\xfe": "UTF-16",
@@ -37,29 +39,34 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     for path in paths:
         if path.is_dir():
             entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-            found += [entry for entry in entries if entry.is_file() and entry.suffix.lower() in READABLE]
+            found += [entry for entry in entries if entry.is_file() and unpacked.suffix(entry) in READABLE]
             for entry in (entry for entry in entries if entry.stem.lower() not in ("readme", "license")):
                 if entry.is_dir():
                     warnings.append(f"{entry} is a folder inside {path} and is not read; RAW={entry} reads it")
                 elif entry not in found:
-                    warnings.append(f"{entry} is not read: its name does not end in {', '.join(READABLE)}")
+                    warnings.append(
+                        f"{entry} is not read: its name does not end in {', '.join(READABLE)} (or .gz, .zst after it)"
+                    )
         elif not path.exists():
             raise UserError(f"no data: {path.absolute()} does not exist", hint)
-        elif path.suffix.lower() not in READABLE:
-            raise UserError(f"{path.absolute()}: unknown kind of file", f"known are {', '.join(READABLE)}")
+        elif unpacked.suffix(path) not in READABLE:
+            raise UserError(
+                f"{path.absolute()}: unknown kind of file", f"known are {', '.join(READABLE)}, also packed (.gz, .zst)"
+            )
         else:
             found.append(path)
     if not found:
         places = ", ".join(str(path.absolute()) for path in paths) or "data.raw names no path"
         raise UserError("\n       ".join([f"no data: no file to read in {places}", *warnings]), hint)
+    found = list(dict.fromkeys(found))
     for path in found:
-        _check_kind(path)
-    return list(dict.fromkeys(found)), warnings
+        warnings += _check_kind(path)
+    return found, warnings
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
     """The rows of one file in order; blank lines are passed over. A file without rows is a ``UserError``."""
-    rows = _read_table(path) if path.suffix.lower() in (".csv", ".tsv") else read_json(path)
+    rows = _read_table(path) if unpacked.suffix(path) in (".csv", ".tsv") else read_json(path)
     empty = True
     for row in rows:
         empty = False
@@ -68,11 +75,12 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path.absolute()}: holds no rows", "put rows in, or take the file away")
 
 
-def _check_kind(path: Path) -> None:
-    """Refuse, before anything is read or written, what cannot be a file of rows."""
+def _check_kind(path: Path) -> list[str]:
+    """Refuse, before anything is read or written, what cannot be a file of rows; warn of a name that says otherwise."""
     try:
         str(path).encode("utf-8")
-        with path.open("rb") as file:
+        packing = unpacked.packing(path)
+        with unpacked.open_bytes(path) as file:
             start = file.read(4)
     except UnicodeEncodeError as error:
         raise UserError(f"{str(path)!a}: the name of the file is not UTF-8", "rename it") from error
@@ -83,13 +91,17 @@ def _check_kind(path: Path) -> None:
     for magic, kind in _OTHER_KINDS.items():
         if start.startswith(magic):
             raise UserError(f"{path.absolute()}: is {kind}, not UTF-8 text", f"save it as plain UTF-8 {path.suffix}")
+    named = unpacked.SUFFIXES.get(path.suffix.lower(), "")
+    if packing == named:
+        return []
+    return [f"{path}: its name says {named or 'plain text'}, its bytes say {packing or 'plain text'}; read as that"]
 
 
 def _read_table(path: Path) -> Iterator[RawRow]:
     """CSV or TSV with a header; a ``;`` or a tab in place of the comma is seen from the header."""
     csv.field_size_limit(2**31 - 1)
     header_line = next((line for _, line in lines(path) if line.strip()), "")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header_line.count)
+    delimiter = "\t" if unpacked.suffix(path) == ".tsv" else max(",;\t|", key=header_line.count)
     # strict: an open quote would otherwise swallow the rest of the file in silence
     reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, strict=True)
     header: list[str] = []
