@@ -94,9 +94,13 @@ def test_set_takes_lists_and_null(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "style:\n  text: x\n"), "lora.target_modules=[q_proj,v_proj] style.text=null")
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     assert config.style.text is None
+    spaced = load_config(write(tmp_path, ""), "data.raw=[a b.csv, 'c.csv'] lora.r=4 style.text='{a: b}'")
+    assert (spaced.data.raw, spaced.lora.r, spaced.style.text) == (["a b.csv", "c.csv"], 4, "{a: b}")
 
 
-@pytest.mark.parametrize("overrides", ["lora.r", "r=4", "a.b.c=1", "lora.r='4"])
+@pytest.mark.parametrize(
+    "overrides", ["lora.r", "r=4", "a.b.c=1", "lora.r='4", "data.raw=[a, b", "data.columns={user: a"]
+)
 def test_a_set_that_is_not_an_override_is_refused(tmp_path: Path, overrides: str) -> None:
     assert "SET" in refusal(write(tmp_path, ""), overrides)
 
@@ -239,6 +243,9 @@ def test_hostile_run_and_data_names_are_refused(name: str) -> None:
         ("x/Frage & Antwort.v2.csv", "Frage---Antwort"),
         (["a.json", "b.csv"], "a+b"),
         ("../..", "data"),
+        ("data/raw/*.jsonl", "raw-jsonl"),
+        ("*", "data"),
+        ("logs/2026-??/[ab]*.csv.gz", "2026-ab-csv-gz"),
     ],
 )
 def test_data_names_are_made_safe_from_file_names(raw: Any, expected: str) -> None:

@@ -209,6 +209,26 @@ def test_a_list_of_files_in_the_config_is_read(run):
     assert manifest()["rows_in"] == 6
 
 
+def test_a_pattern_names_files_in_order_and_what_it_passes_over(run, capsys):
+    for name in ("b-2.jsonl", "b-1.jsonl", "a-1.jsonl", "b-3.txt", ".b-4.jsonl"):
+        Path("data/raw", name).write_text(pairs(name))
+    Path("data/raw/b-deep/b").mkdir(parents=True)
+    Path("data/raw/b-deep/b/b-5.csv").write_text("question,answer\nq,a\n")
+    Path("run.yaml").write_text("data: {name: set, raw: ['data/raw/b*', data/raw/a-1.jsonl, data/raw/b-1.jsonl]}\n")
+    assert run() == 0
+    assert list(manifest()["inputs"]) == [f"data/raw/{name}" for name in ("b-1.jsonl", "b-2.jsonl", "a-1.jsonl")]
+    shown = capsys.readouterr().err
+    assert "data/raw/b-3.txt is not read" in shown and "RAW=data/raw/b-deep reads it" in shown
+    assert run("--raw", "data/**/b-?.[cj]s*") == 0
+    names = ["data/raw/b-1.jsonl", "data/raw/b-2.jsonl", "data/raw/b-deep/b/b-5.csv"]
+    assert list(manifest()["inputs"]) == names
+    assert run("--raw", "data/raw/c*") == 2
+    assert f"nothing has a name like {Path('data/raw/c*').absolute()}" in capsys.readouterr().err
+    Path("data/raw/c[1].jsonl").write_text(many(3))  # a file of that name is no pattern
+    assert run("--raw", "data/raw/c[1].jsonl") == 0
+    assert manifest()["rows_in"] == 3
+
+
 BAD = [
     ("broken line", "a.jsonl", pairs("q") + "{oops\n", ["1 of 2 rows cannot be used", "not valid JSON, first at data/raw/a.jsonl:2"]),
     ("empty file", "a.jsonl", "", ["data/raw/a.jsonl: the file is empty"]),

@@ -5,6 +5,7 @@ coerces by the schema's types, collects every problem and raises them all at onc
 """
 
 import difflib
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from scripts.utils.schema import Config
 
 Origins = dict[tuple[str, ...], str]
+_MAPPINGS = ("data.columns",)  # keys whose value is a mapping; elsewhere a "{" in SET is text
 
 
 def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | None = None) -> "Config":
@@ -84,12 +86,20 @@ def _parse_overrides(text: str) -> list[tuple[tuple[str, ...], Any]]:
     except ValueError as error:
         raise UserError(f"SET={text!r}: {error}", "close the quote") from error
     pairs = []
-    for word in words:
+    remaining = iter(words)
+    for word in remaining:
         key, equals, value = word.partition("=")
+        # spaces within brackets are part of the value
+        opening = "[{" if key in _MAPPINGS else "["
+        while value and value[0] in opening and value[-1] != {"[": "]", "{": "}"}[value[0]]:
+            more = next(remaining, None)
+            if more is None:
+                raise UserError(f"SET: the bracket in {word!r} is never closed", "close it, or quote the value")
+            value = f"{value} {more}"
         if not equals or key.count(".") != 1:
             raise UserError(f"SET: {word!r} is not section.key=value", 'write for example SET="train.epochs=1"')
-        # lists and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
-        is_yaml = value.startswith("[") or value in ("null", "~", "")
+        # lists, mappings and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
+        is_yaml = (value and value[0] in opening) or value in ("null", "~", "")
         pairs.append((tuple(key.split(".")), yaml_text.parse(value, f"SET {key}")[0] if is_yaml else value))
     return pairs
 
@@ -186,12 +196,19 @@ def data_name(config: "Config") -> str:
     if config.data.name:
         return check_name(config.data.name, "data.name")
     paths = [config.data.raw] if isinstance(config.data.raw, str) else config.data.raw
-    stems = [Path(p.rstrip("/")).name.split(".")[0] for p in paths] or ["raw"]
+    stems = [_stem(Path(path.rstrip("/"))) for path in paths] or ["raw"]
     safe = [
         "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem).strip("-_") for stem in stems
     ]
     name = "+".join(part or "data" for part in safe)
     return name if len(name) <= 60 else f"{name[:48].rstrip('+-')}-{sha256_json(paths)[:8]}"
+
+
+def _stem(path: Path) -> str:
+    """The name of a file or folder up to its first dot; of a pattern all of it, and the folder that it looks in."""
+    if set("*?[") & set(path.name):
+        return re.sub(r"[^A-Za-z0-9_]+", "-", f"{path.parent.name} {path.name}")
+    return path.name.split(".")[0]
 
 
 def run_name(config: "Config", path: str | Path) -> str:

@@ -6,6 +6,7 @@ field too many) comes out with a reason; a file that cannot (not UTF-8, a broken
 """
 
 import csv
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,14 +40,12 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     for path in paths:
         if path.is_dir():
             entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-            found += [entry for entry in entries if entry.is_file() and unpacked.suffix(entry) in READABLE]
-            for entry in (entry for entry in entries if entry.stem.lower() not in ("readme", "license")):
-                if entry.is_dir():
-                    warnings.append(f"{entry} is a folder inside {path} and is not read; RAW={entry} reads it")
-                elif entry not in found:
-                    warnings.append(
-                        f"{entry} is not read: its name does not end in {', '.join(READABLE)} (or .gz, .zst after it)"
-                    )
+            found += _readable(entries, f"inside {path}", warnings)
+        elif not path.exists() and set("*?[") & set(str(path)):
+            entries = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            if not entries:
+                raise UserError(f"no data: nothing has a name like {path.absolute()}", hint)
+            found += _readable(entries, f"that {path} names", warnings)
         elif not path.exists():
             raise UserError(f"no data: {path.absolute()} does not exist", hint)
         elif unpacked.suffix(path) not in READABLE:
@@ -62,6 +61,21 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     for path in found:
         warnings += _check_kind(path)
     return found, warnings
+
+
+def _readable(entries: Sequence[Path], where: str, warnings: list[str]) -> list[Path]:
+    """The data files among what a folder or a pattern holds, and a warning for each other thing."""
+    found = [entry for entry in entries if entry.is_file() and unpacked.suffix(entry) in READABLE]
+    for entry in entries:
+        if entry in found or entry.stem.lower() in ("readme", "license"):
+            continue
+        if entry.is_dir():
+            warnings.append(f"{entry} is a folder {where} and is not read; RAW={entry} reads it")
+        else:
+            warnings.append(
+                f"{entry} is not read: its name does not end in {', '.join(READABLE)} (or .gz, .zst after it)"
+            )
+    return found
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
