@@ -48,6 +48,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     inputs = stages.fingerprint(paths, old["inputs"] if old else None)
     settings = {
         "format": data.format,
+        "columns": data.columns,
         "val_fraction": data.val_fraction,
         "test_fraction": data.test_fraction,
         "split_seed": data.split_seed,
@@ -89,7 +90,7 @@ def read_all(paths: Sequence[Path], given: dict[Path, str], data: "DataSection",
     val, test = data.val_fraction * ("val" in free), data.test_fraction * ("test" in free)
     with open_outputs(new) as outputs:
         for path in splits.reading_order(paths, given):
-            for record in records_of(path, data.format, tally):
+            for record in records_of(path, data, tally):
                 name = str(path)
                 tally.rows[name] += 1
                 if record.content is None:
@@ -118,9 +119,9 @@ def open_outputs(new: Path) -> Iterator[dict[str, IO[bytes]]]:
         yield {key: stack.enter_context((new / name).open("wb")) for key, name in names.items()}
 
 
-def records_of(path: Path, wanted: str, tally: Tally) -> Iterator[records.Record]:
+def records_of(path: Path, data: "DataSection", tally: Tally) -> Iterator[records.Record]:
     """The records of one file, with progress; says what shape the file was taken for, and what was left out."""
-    found = records.open_file(path, wanted)
+    found = records.open_file(path, data.format, data.columns)
     tally.shapes[str(path)] = found.shape.kind if found.shape else "none"
     if found.shape:
         console.note("process", f"{path}: read as {found.shape.kind} ({found.shape.why})")

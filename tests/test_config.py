@@ -105,6 +105,31 @@ def test_a_set_that_is_not_an_override_is_refused(tmp_path: Path, overrides: str
     assert "SET" in refusal(write(tmp_path, ""), overrides)
 
 
+def test_column_names_are_read_from_the_file_and_from_set(tmp_path: Path) -> None:
+    path = write(tmp_path, "data:\n  columns:\n    user: no\n    assistant: 1e3\n")
+    assert load_config(path).data.columns == {"user": "no", "assistant": "1e3"}
+    overrides = "data.columns={user: Frage, assistant: Meine Antwort} lora.r=4"
+    config = load_config(path, overrides)
+    assert (config.data.columns, config.lora.r) == ({"user": "Frage", "assistant": "Meine Antwort"}, 4)
+    assert load_config(path, "data.columns={}").data.columns == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.columns={usr: a}", "data.columns is 'usr', expected 'user', 'assistant'"),
+        ("data.columns=Frage", "data.columns is 'Frage', expected a valid dictionary"),
+        ("data.columns={messages: a, user: b}", "a row has the one or the others"),
+        ("data.columns={user: a, assistant: A}", "one column two meanings"),
+        ("data.format=alpaca data.columns={user: a}", "names user, which rows of data.format alpaca do not have"),
+        ("data.format=messages data.columns={user: a}", "names user, which rows of data.format messages"),
+        ("data.format=pairs data.columns={messages: a}", "names messages, which rows of data.format pairs"),
+    ],
+)
+def test_column_names_that_cannot_be_meant_are_refused(tmp_path: Path, overrides: str, message: str) -> None:
+    assert message in refusal(write(tmp_path, ""), overrides)
+
+
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00")))
 def test_any_text_survives_set(text: str) -> None:
     import shlex

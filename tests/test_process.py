@@ -229,6 +229,16 @@ def test_a_pattern_names_files_in_order_and_what_it_passes_over(run, capsys):
     assert manifest()["rows_in"] == 3
 
 
+def test_own_column_names_are_used_and_a_change_of_them_counts(run, capsys):
+    Path("data/raw/a.csv").write_text("Frage,Antwort,Kontext\n" + "".join(f"q{n},a,b\n" for n in range(9)))
+    assert run() == 2
+    assert 'SET="data.columns={user: your_question, assistant: your_answer}"' in capsys.readouterr().err
+    assert run("--set", "data.columns={user: Frage, assistant: Antwort}") == 0
+    assert "columns left out: kontext (9 rows)" in capsys.readouterr().err
+    assert run("--set", "data.columns={user: Frage, assistant: Antwort, system: Kontext}") == 0
+    assert [m["role"] for m in rows("train")[0]["messages"]] == ["system", "user", "assistant"]
+
+
 BAD = [
     ("broken line", "a.jsonl", pairs("q") + "{oops\n", ["1 of 2 rows cannot be used", "not valid JSON, first at data/raw/a.jsonl:2"]),
     ("empty file", "a.jsonl", "", ["data/raw/a.jsonl: the file is empty"]),

@@ -142,6 +142,18 @@ def _check_together(config: "Config", path: str) -> None:
     """Refuse values that are each allowed but not together."""
     problems = []
     train, data = config.train, config.data
+    named = set(data.columns)
+    pair_names = named & {"user", "assistant"}
+    if "messages" in named and pair_names:
+        problems.append("data.columns names messages and also user or assistant; a row has the one or the others")
+    allowed = {"messages": named - pair_names, "sharegpt": named - pair_names, "pairs": named - {"messages"}}
+    allowed["alpaca"] = named - {"messages", "user"}  # its question is made from two columns
+    if wrong := sorted(named - allowed.get(data.format, named)):
+        problems.append(
+            f"data.columns names {' and '.join(wrong)}, which rows of data.format {data.format} do not have"
+        )
+    if len({name.strip().lower() for name in data.columns.values()}) < len(named):
+        problems.append("data.columns gives one column two meanings")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction leave no rows to train on; make their sum less than 1")
     asked = train.load_best_model_at_end is True

@@ -34,6 +34,7 @@ class DataSection(Section):
     raw: str | list[str] = "data/raw"
     name: str | None = None
     format: Literal["auto", "messages", "sharegpt", "alpaca", "pairs"] = "auto"
+    columns: dict[Literal["user", "assistant", "system", "messages", "tools"], str] = {}
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.1
     split_seed: int = 0
