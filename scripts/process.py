@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = command.new_parser(
         "process",
-        "Read raw data (JSON, JSON lines, CSV, TSV, also packed with gzip or zstd) into train, val and test rows; what cannot be used is kept aside.",
+        "Read raw data (JSON, JSON lines, CSV, TSV, also packed; Parquet, Arrow) into train, val and test rows; what cannot be used is kept aside.",
         ["make process", "make process RAW=data/raw/faq.csv", "python scripts/process.py --raw data/sample --force"],
         keys=["raw"],
     )

@@ -21,6 +21,7 @@ FLOORS = """
 errors schema console environment template_child
 files yaml_text gguf_file unpacked hardware turns template_guard
 training_state unsloth_probe json_rows splits
+arrow_rows
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding metrics resume backends
 model_store schedule adapters tally unsloth_child

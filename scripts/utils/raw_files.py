@@ -1,6 +1,6 @@
-"""Raw data files as rows: which files there are, and the rows of each (JSON, JSON lines, CSV, TSV) with their lines.
+"""Raw data files as rows: which files there are, and the rows of each (JSON, JSON lines, CSV and TSV,
+each also packed; Parquet and Arrow) with their lines.
 
-Any of them may be packed with gzip or zstd.
 Nothing is judged here but whether a row can be read at all. A row that cannot (a broken JSON line, a CSV line with a
 field too many) comes out with a reason; a file that cannot (not UTF-8, a broken JSON array) is a ``UserError``.
 """
@@ -12,17 +12,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.utils import unpacked
+from scripts.utils import arrow_rows, unpacked
 from scripts.utils.errors import UserError
 from scripts.utils.json_rows import BOM, RawRow, lines, read_json
 
-READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # each also with .gz or .zst behind it
+TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # each also with .gz or .zst behind it
+READABLE = (*TEXT, *arrow_rows.SUFFIXES)
 # files whose name says JSON or CSV and whose bytes say otherwise; first bytes → what to call it
 _OTHER_KINDS = {
     b"\x1f\x8b": "packed twice",
     b"\x28\xb5\x2f\xfd": "packed twice",
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
@@ -36,7 +38,9 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     found: list[Path] = []
     warnings: list[str] = []
     paths = [Path(name).expanduser() for name in ([raw] if isinstance(raw, str) else raw)]
-    hint = "put a .json, .jsonl, .csv or .tsv file there, name one with RAW=path, or try the sample: RAW=data/sample"
+    hint = (
+        "put a .jsonl, .json, .csv or .parquet file there, name one with RAW=path, or try the sample: RAW=data/sample"
+    )
     for path in paths:
         if path.is_dir():
             entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
@@ -80,7 +84,14 @@ def _readable(entries: Sequence[Path], where: str, warnings: list[str]) -> list[
 
 def read_rows(path: Path) -> Iterator[RawRow]:
     """The rows of one file in order; blank lines are passed over. A file without rows is a ``UserError``."""
-    rows = _read_table(path) if unpacked.suffix(path) in (".csv", ".tsv") else read_json(path)
+    kind = unpacked.suffix(path)
+    rows = (
+        arrow_rows.read_rows(path)
+        if kind in arrow_rows.SUFFIXES
+        else _read_table(path)
+        if kind in (".csv", ".tsv")
+        else read_json(path)
+    )
     empty = True
     for row in rows:
         empty = False
@@ -95,13 +106,19 @@ def _check_kind(path: Path) -> list[str]:
         str(path).encode("utf-8")
         packing = unpacked.packing(path)
         with unpacked.open_bytes(path) as file:
-            start = file.read(4)
+            start = file.read(6)
     except UnicodeEncodeError as error:
         raise UserError(f"{str(path)!a}: the name of the file is not UTF-8", "rename it") from error
     except OSError as error:
         raise UserError(f"{path.absolute()}: cannot be read ({error.strerror})", "check its mode") from error
     if not start.removeprefix(BOM):
         raise UserError(f"{path.absolute()}: the file is empty", "put rows in, or take the file away")
+    if unpacked.suffix(path) in arrow_rows.SUFFIXES:
+        if packing or unpacked.inner(path) != path:
+            kind = unpacked.suffix(path)
+            raise UserError(f"{path.absolute()}: {kind} files are not read packed", "unpack it; it is packed within")
+        arrow_rows.check_kind(path)
+        return []
     for magic, kind in _OTHER_KINDS.items():
         if start.startswith(magic):
             raise UserError(f"{path.absolute()}: is {kind}, not UTF-8 text", f"save it as plain UTF-8 {path.suffix}")
