@@ -270,11 +270,13 @@ def test_hostile_run_and_data_names_are_refused(name: str) -> None:
         ("../..", "data"),
         ("data/raw/*.jsonl", "raw-jsonl"),
         ("*", "data"),
+        ([{"raw": "x/a.jsonl.gz"}, {"raw": ["b.csv", "c.csv"]}], "a+b+c"),
         ("logs/2026-??/[ab]*.csv.gz", "2026-ab-csv-gz"),
     ],
 )
 def test_data_names_are_made_safe_from_file_names(raw: Any, expected: str) -> None:
-    config = schema.Config(data=schema.DataSection(raw=raw))
+    key = "sources" if isinstance(raw[0], dict) else "raw"
+    config = schema.Config.model_validate({"data": {key: raw}})
     assert data_name(config) == expected
 
 

@@ -4,6 +4,7 @@ The shape is found once a file, from its first rows, and every later row must fi
 by letter; a row that cannot be used is an ``Unusable`` with the reason. Nothing is repaired by guessing.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ _QUESTIONS = ("prompt", "question", "user", "query", "input", "human", "problem"
 _ANSWERS = ("completion", "answer", "assistant", "response", "output", "solution", "target", "reply")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
+DIGEST_BYTES = 12
 _PEEK = 100  # rows looked at to find a file's shape
 KNOWN_SHAPES = (
     "messages or conversations (a list of turns), instruction + output, or a question column "
@@ -54,6 +56,11 @@ class Record:
     encoded: bytes = b""
     reason: str = ""
     detail: str = ""
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the content: the row's id."""
+        return hashlib.sha256(self.encoded).digest()[:DIGEST_BYTES]
 
 
 @dataclass
