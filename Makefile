@@ -61,7 +61,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:
@@ -165,7 +165,7 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 ##@ Variables (a value may hold any character)
 #: CONFIG   run config (configs/run_bnb.yaml)          RUN      name of the run (<config>-<data>)
 #: SET      "section.key=value ..." over the config    MODEL    hub id, folder or embedded/smollm2-135m-instruct
-#: RAW      file or folder of rows (data/raw)          STYLE    system message; it stays until CLEAR=1
+#: RAW      file, folder or "*.jsonl" (data/raw)       STYLE    system message; it stays until CLEAR=1
 #: STYLE_MODE  replace, prepend, append or only-if-missing
 #: SPLIT    train, val or test                         LIMIT    at most this many rows
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date

@@ -19,7 +19,7 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, environment, files, yaml_text
+from scripts.utils import command, console, environment, files, unpacked, yaml_text
 from scripts.utils.config import data_name, load_config, run_name
 from scripts.utils.errors import UserError
 from scripts.utils.raw_files import READABLE
@@ -95,7 +95,7 @@ def raw_data_sets() -> list[str]:
     """Each data file and each folder in data/raw is a data set."""
     raw = Path("data/raw")
     entries = sorted(raw.iterdir()) if raw.is_dir() else []
-    found = [str(e) for e in entries if not e.name.startswith(".") and (e.is_dir() or e.suffix.lower() in READABLE)]
+    found = [str(e) for e in entries if not e.name.startswith(".") and (e.is_dir() or unpacked.suffix(e) in READABLE)]
     if not found:
         raise UserError(f"no data sets in {raw.absolute()}", "put files there, or name them: --data data/sample")
     return found

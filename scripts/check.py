@@ -155,8 +155,8 @@ def check_space(here: Path) -> Iterator[Finding]:
 
 
 def check_config(path: str, overrides: str) -> Iterator[Finding]:
+    from scripts.utils import sources
     from scripts.utils.config import load_config
-    from scripts.utils.raw_files import find_files
 
     try:
         flags = {
@@ -171,10 +171,11 @@ def check_config(path: str, overrides: str) -> Iterator[Finding]:
     yield Finding("config", f"{path}: {config.model.name}, {config.tuning.mode} with {config.tuning.backend}")
     yield from check_backend(config)
     try:
-        paths, warnings = find_files(config.data.raw)
+        found, warnings = sources.find(config.data)
     except SFTError as problem:
         yield Finding("data", problem.message, problem.exit_code, problem.hint)
         return
+    paths = [path for source in found for path in source.paths]
     for text in warnings:
         yield Finding("data", text, warning=True)
     yield Finding(

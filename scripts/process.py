@@ -1,13 +1,13 @@
 """Raw data in, one form of rows out: data/raw → data/processed/<name>/{train,val,test}.jsonl.
 
-Every row ends in exactly one place: a split, rejected.jsonl with its file, line and reason, or the count of
-duplicates. A row is {"id", "messages", "tools"?, "source": {"file", "line"}}; its id is the hash of its content.
+Every row ends in exactly one place: a split, rejected.jsonl with its file, line and reason, or the counts of
+duplicates and of rows left out by a source's share. A row is {"id", "messages", "tools"?, "source": {"file", "line"}}; its id is the hash of its content.
 """
 
 import argparse
 import contextlib
-import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -15,10 +15,9 @@ from typing import IO, TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, records, splits, stages
+from scripts.utils import command, console, files, records, sources, splits, stages
 from scripts.utils.config import data_name
 from scripts.utils.errors import RefusedError, UserError
-from scripts.utils.raw_files import find_files
 from scripts.utils.tally import REJECTED, Tally, refuse_bad_data, reject
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = command.new_parser(
         "process",
-        "Read raw data (JSON, JSON lines, CSV, TSV) into train, val and test rows; what cannot be used is kept aside.",
+        "Read raw data (JSON, JSON lines, CSV, TSV, also packed; Parquet, Arrow) into train, val and test rows; what cannot be used is kept aside.",
         ["make process", "make process RAW=data/raw/faq.csv", "python scripts/process.py --raw data/sample --force"],
         keys=["raw"],
     )
@@ -38,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     data = config.data
-    paths, warnings = find_files(data.raw)
+    found, warnings = sources.find(data)
+    paths = [path for source in found for path in source.paths]
     for text in warnings:
         console.warn(text)
     where = stages.folder("process", data_name(config))
@@ -48,19 +48,21 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     inputs = stages.fingerprint(paths, old["inputs"] if old else None)
     settings = {
         "format": data.format,
+        "columns": data.columns,
         "val_fraction": data.val_fraction,
         "test_fraction": data.test_fraction,
         "split_seed": data.split_seed,
         "max_rejected": data.max_rejected,
         "version": 2,  # raise it when the same raw rows come out differently
         "order": [str(path) for path in paths],
+        "sources": [source.model_dump() for source in data.sources],
     }
     if old and not arguments.force and stages.up_to_date(where, stages.identity(inputs, settings)):
         console.result(f"process: up to date ({old['rows_out']:,} rows in {where}; FORCE=1 runs it again)")
         return 0
     with files.replaced_folder(where, stages.MANIFEST) as new:
         given = splits.given_splits(paths)
-        tally = read_all(paths, given, data, new)
+        tally = read_all(found, given, data, new)
         tally.check()
         refuse_bad_data(tally, data.max_rejected)
         fill_train(tally, given, new)
@@ -73,6 +75,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
             rows_out=tally.kept.total(),
             rejected=tally.rejected.total(),
             duplicates=tally.duplicates.total(),
+            left_out=tally.left_out.total(),
             splits={split: tally.splits[split] for split in stages.SPLITS},
             shapes=tally.shapes,
         )
@@ -80,22 +83,28 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     return 0
 
 
-def read_all(paths: Sequence[Path], given: dict[Path, str], data: "DataSection", new: Path) -> Tally:
+def read_all(found: Sequence[sources.Source], given: dict[Path, str], data: "DataSection", new: Path) -> Tally:
     """Write every row of every file to its split, or to the rejected rows, in ``new``."""
     tally = Tally()
     seen: set[bytes] = set()
     questions: dict[bytes, str] = {}  # only where files say their split; else the hash alone keeps questions together
     free = [split for split in stages.SPLITS if split not in given.values()]
     val, test = data.val_fraction * ("val" in free), data.test_fraction * ("test" in free)
+    source_of = {path: source for source in found for path in source.paths}
+    bounds = {source.paths: sources.bound(source) for source in found}
     with open_outputs(new) as outputs:
-        for path in splits.reading_order(paths, given):
-            for record in records_of(path, data.format, tally):
+        for path in splits.reading_order(list(source_of), given):
+            bound = bounds[source_of[path].paths]
+            for record in records_of(path, source_of[path], tally):
                 name = str(path)
                 tally.rows[name] += 1
                 if record.content is None:
                     reject(record, outputs[REJECTED], tally)
                     continue
-                digest = hashlib.sha256(record.encoded).digest()[:12]
+                digest = record.digest
+                if bound and digest > bound:
+                    tally.left_out[name] += 1
+                    continue
                 if digest in seen:
                     tally.duplicates[name] += 1
                     continue
@@ -118,9 +127,9 @@ def open_outputs(new: Path) -> Iterator[dict[str, IO[bytes]]]:
         yield {key: stack.enter_context((new / name).open("wb")) for key, name in names.items()}
 
 
-def records_of(path: Path, wanted: str, tally: Tally) -> Iterator[records.Record]:
+def records_of(path: Path, source: sources.Source, tally: Tally) -> Iterator[records.Record]:
     """The records of one file, with progress; says what shape the file was taken for, and what was left out."""
-    found = records.open_file(path, wanted)
+    found = source.open_file(path)
     tally.shapes[str(path)] = found.shape.kind if found.shape else "none"
     if found.shape:
         console.note("process", f"{path}: read as {found.shape.kind} ({found.shape.why})")
@@ -149,8 +158,10 @@ def fill_train(tally: Tally, given: dict[Path, str], new: Path) -> None:
 
 
 def report(tally: Tally, manifest: dict[str, Any], where: Path) -> None:
-    header = ("file", "shape", "rows in", "= out", "+ rejected", "+ duplicates")
-    counters = (tally.rows, tally.kept, tally.rejected, tally.duplicates)
+    header: tuple[str, ...] = ("file", "shape", "rows in", "= out", "+ rejected", "+ duplicates")
+    counters: tuple[Counter[str], ...] = (tally.rows, tally.kept, tally.rejected, tally.duplicates)
+    if tally.left_out.total():
+        header, counters = (*header, "+ left out"), (*counters, tally.left_out)
     table = [(name, shape, *(f"{c[name]:,}" for c in counters)) for name, shape in tally.shapes.items()]
     if len(table) > 1:
         table.append(("all files", "", *(f"{counter.total():,}" for counter in counters)))

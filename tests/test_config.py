@@ -94,11 +94,40 @@ def test_set_takes_lists_and_null(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "style:\n  text: x\n"), "lora.target_modules=[q_proj,v_proj] style.text=null")
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     assert config.style.text is None
+    spaced = load_config(write(tmp_path, ""), "data.raw=[a b.csv, 'c.csv'] lora.r=4 style.text='{a: b}'")
+    assert (spaced.data.raw, spaced.lora.r, spaced.style.text) == (["a b.csv", "c.csv"], 4, "{a: b}")
 
 
-@pytest.mark.parametrize("overrides", ["lora.r", "r=4", "a.b.c=1", "lora.r='4"])
+@pytest.mark.parametrize(
+    "overrides", ["lora.r", "r=4", "a.b.c=1", "lora.r='4", "data.raw=[a, b", "data.columns={user: a"]
+)
 def test_a_set_that_is_not_an_override_is_refused(tmp_path: Path, overrides: str) -> None:
     assert "SET" in refusal(write(tmp_path, ""), overrides)
+
+
+def test_column_names_are_read_from_the_file_and_from_set(tmp_path: Path) -> None:
+    path = write(tmp_path, "data:\n  columns:\n    user: no\n    assistant: 1e3\n")
+    assert load_config(path).data.columns == {"user": "no", "assistant": "1e3"}
+    overrides = "data.columns={user: Frage, assistant: Meine Antwort} lora.r=4"
+    config = load_config(path, overrides)
+    assert (config.data.columns, config.lora.r) == ({"user": "Frage", "assistant": "Meine Antwort"}, 4)
+    assert load_config(path, "data.columns={}").data.columns == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.columns={usr: a}", "data.columns is 'usr', expected 'user', 'assistant'"),
+        ("data.columns=Frage", "data.columns is 'Frage', expected a valid dictionary"),
+        ("data.columns={messages: a, user: b}", "a row has the one or the others"),
+        ("data.columns={user: a, assistant: A}", "one column two meanings"),
+        ("data.format=alpaca data.columns={user: a}", "names user, which rows of data.format alpaca do not have"),
+        ("data.format=messages data.columns={user: a}", "names user, which rows of data.format messages"),
+        ("data.format=pairs data.columns={messages: a}", "names messages, which rows of data.format pairs"),
+    ],
+)
+def test_column_names_that_cannot_be_meant_are_refused(tmp_path: Path, overrides: str, message: str) -> None:
+    assert message in refusal(write(tmp_path, ""), overrides)
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00")))
@@ -239,10 +268,15 @@ def test_hostile_run_and_data_names_are_refused(name: str) -> None:
         ("x/Frage & Antwort.v2.csv", "Frage---Antwort"),
         (["a.json", "b.csv"], "a+b"),
         ("../..", "data"),
+        ("data/raw/*.jsonl", "raw-jsonl"),
+        ("*", "data"),
+        ([{"raw": "x/a.jsonl.gz"}, {"raw": ["b.csv", "c.csv"]}], "a+b+c"),
+        ("logs/2026-??/[ab]*.csv.gz", "2026-ab-csv-gz"),
     ],
 )
 def test_data_names_are_made_safe_from_file_names(raw: Any, expected: str) -> None:
-    config = schema.Config(data=schema.DataSection(raw=raw))
+    key = "sources" if isinstance(raw[0], dict) else "raw"
+    config = schema.Config.model_validate({"data": {key: raw}})
     assert data_name(config) == expected
 
 

@@ -19,11 +19,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
 errors schema console environment template_child
-files yaml_text gguf_file json_rows hardware splits turns template_guard literals lengths
-training_state unsloth_probe
+files yaml_text gguf_file unpacked hardware turns template_guard literals lengths
+training_state unsloth_probe json_rows splits
+arrow_rows
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding metrics resume backends
-model_store schedule adapters tally unsloth_child
+model_store schedule adapters tally sources unsloth_child
 rendered training trained generation initial
 callbacks merging evaluation chat_session self_test
 """

@@ -48,7 +48,7 @@ def manifest() -> dict:
 
 def assert_counts_add_up() -> dict:
     found = manifest()
-    assert found["rows_in"] == found["rows_out"] + found["rejected"] + found["duplicates"]
+    assert found["rows_in"] == found["rows_out"] + found["rejected"] + found["duplicates"] + found["left_out"]
     assert {split: len(rows(split)) for split in stages.SPLITS} == found["splits"]
     assert sum(found["splits"].values()) == found["rows_out"]
     assert len(rows("rejected")) == found["rejected"]
@@ -209,6 +209,94 @@ def test_a_list_of_files_in_the_config_is_read(run):
     assert manifest()["rows_in"] == 6
 
 
+def test_a_pattern_names_files_in_order_and_what_it_passes_over(run, capsys):
+    for name in ("b-2.jsonl", "b-1.jsonl", "a-1.jsonl", "b-3.txt", ".b-4.jsonl"):
+        Path("data/raw", name).write_text(pairs(name))
+    Path("data/raw/b-deep/b").mkdir(parents=True)
+    Path("data/raw/b-deep/b/b-5.csv").write_text("question,answer\nq,a\n")
+    Path("run.yaml").write_text("data: {name: set, raw: ['data/raw/b*', data/raw/a-1.jsonl, data/raw/b-1.jsonl]}\n")
+    assert run() == 0
+    assert list(manifest()["inputs"]) == [f"data/raw/{name}" for name in ("b-1.jsonl", "b-2.jsonl", "a-1.jsonl")]
+    shown = capsys.readouterr().err
+    assert "data/raw/b-3.txt is not read" in shown and "RAW=data/raw/b-deep reads it" in shown
+    assert run("--raw", "data/**/b-?.[cj]s*") == 0
+    names = ["data/raw/b-1.jsonl", "data/raw/b-2.jsonl", "data/raw/b-deep/b/b-5.csv"]
+    assert list(manifest()["inputs"]) == names
+    assert run("--raw", "data/raw/c*") == 2
+    assert f"nothing has a name like {Path('data/raw/c*').absolute()}" in capsys.readouterr().err
+    Path("data/raw/c[1].jsonl").write_text(many(3))  # a file of that name is no pattern
+    assert run("--raw", "data/raw/c[1].jsonl") == 0
+    assert manifest()["rows_in"] == 3
+
+
+def test_own_column_names_are_used_and_a_change_of_them_counts(run, capsys):
+    Path("data/raw/a.csv").write_text("Frage,Antwort,Kontext\n" + "".join(f"q{n},a,b\n" for n in range(9)))
+    assert run() == 2
+    assert 'SET="data.columns={user: your_question, assistant: your_answer}"' in capsys.readouterr().err
+    assert run("--set", "data.columns={user: Frage, assistant: Antwort}") == 0
+    assert "columns left out: kontext (9 rows)" in capsys.readouterr().err
+    assert run("--set", "data.columns={user: Frage, assistant: Antwort, system: Kontext}") == 0
+    assert [m["role"] for m in rows("train")[0]["messages"]] == ["system", "user", "assistant"]
+
+
+def kept_questions() -> set[str]:
+    return {row["messages"][0]["content"] for split in stages.SPLITS for row in rows(split)}
+
+
+def test_a_mixture_takes_a_share_or_a_number_of_each_source_and_counts_the_rest(run, capsys):
+    Path("a.jsonl").write_text(many(400) + pairs("question 1", "question 2") + "{\n")
+    Path("b.csv").write_text("Frage,Antwort\n" + "".join(f"b{n},a\n" for n in range(300)) + "question 3,a\n")
+    Path("c.jsonl").write_text(pairs(*(f"c{n}" for n in range(5))))
+    mixture = [
+        {"raw": "a.jsonl", "weight": 0.25},
+        {"raw": ["b.csv"], "limit": 40, "columns": {"user": "Frage", "assistant": "Antwort"}},
+        {"raw": "c.jsonl", "limit": 100},
+    ]
+    Path("run.yaml").write_text(json.dumps({"data": {"name": "set", "sources": mixture}}))
+    assert run() == 0
+    found = assert_counts_add_up()
+    kept = kept_questions()
+    from_a, from_b = {q for q in kept if q.startswith("question")}, {q for q in kept if q.startswith("b")}
+    assert 70 <= len(from_a) <= 130 and 39 <= len(from_b) <= 40 and len(kept - from_a - from_b) == 5
+    assert found["rows_in"] == 403 + 301 + 5 and found["rejected"] == 1
+    [total] = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("all files")]
+    assert total[2:] == [str(found[name]) for name in ("rows_in", "rows_out", "rejected", "duplicates", "left_out")]
+    assert run() == 0
+    assert "up to date" in capsys.readouterr().out
+    # more rows move few
+    Path("a.jsonl").write_text(many(800))
+    Path("b.csv").write_text("Frage,Antwort\n" + "".join(f"b{n},a\n" for n in range(330)))
+    assert run() == 0
+    assert from_a - {"question 3"} <= kept_questions()
+    moved = from_b - kept_questions()
+    assert len(moved) <= 15 and len({q for q in kept_questions() if q.startswith("b")}) == 40
+
+
+@pytest.mark.parametrize("limit", [1, 7, 19, 20, 21, 1000])
+def test_a_limit_takes_exactly_that_many_different_rows(run, limit):
+    Path("a.jsonl").write_text(many(20) + many(20) + "{\n")
+    Path("run.yaml").write_text(json.dumps({"data": {"name": "set", "sources": [{"raw": "a.jsonl", "limit": limit}]}}))
+    assert run() == 0
+    assert assert_counts_add_up()["rows_out"] == min(limit, 20)
+
+
+def test_mixtures_that_cannot_be_meant_are_refused(run, capsys):
+    Path("a.jsonl").write_text(many(20))
+    for sources, flags, message in [
+        ([{"raw": "a.jsonl"}, {"raw": "./a.jsonl"}], [], "stands in data.sources twice, in the sources 1 and 2"),
+        ([{"raw": "a.jsonl", "weight": 2}], [], "data.sources.0.weight is '2', expected less than or equal to 1"),
+        ([{"raw": "a.jsonl", "weight": 0.5, "limit": 3}], [], "item 1: weight and limit are two ways"),
+        ([{"raw": "a.jsonl", "wieght": 0.5}], [], "unknown key 'wieght' in data.sources"),
+        ([{"raw": "a.jsonl", "format": "messages", "columns": {"user": "q"}}], [], "item 1: columns names user"),
+        ([{"raw": "a.jsonl"}], ["--raw", "a.jsonl"], "data.raw (RAW) and data.sources both"),
+        ([{"raw": "a.jsonl", "weight": 1e-12}], [], "no row is left: data.sources takes none"),
+        ([{"raw": "b.jsonl"}], [], "b.jsonl does not exist"),
+    ]:
+        Path("run.yaml").write_text(json.dumps({"data": {"name": "set", "sources": sources}}))
+        assert run(*flags) == 2
+        assert message in capsys.readouterr().err
+
+
 BAD = [
     ("broken line", "a.jsonl", pairs("q") + "{oops\n", ["1 of 2 rows cannot be used", "not valid JSON, first at data/raw/a.jsonl:2"]),
     ("empty file", "a.jsonl", "", ["data/raw/a.jsonl: the file is empty"]),
@@ -217,7 +305,7 @@ BAD = [
     ("headerless CSV", "a.csv", "What is this?,A test\nAnd this?,Too\n", ["found: 'What is this?', 'A test'"]),
     ("latin-1", "a.csv", b"question,answer\nq,caf\xe9\n", ["a.csv:2: not UTF-8: byte 0xe9 at offset 21"]),
     ("UTF-16", "a.csv", "question,answer\nq,a\n".encode("utf-16"), ["is UTF-16, not UTF-8 text"]),
-    ("gzip", "a.jsonl", b"\x1f\x8b\x08\x00abc", ["is gzip-compressed"]),
+    ("gzip", "a.jsonl", b"\x1f\x8b\x08\x00abc", ["a.jsonl: the gzip file is cut short: it ends after 0 bytes"]),
     ("broken array", "a.json", '[{"question": "q"', ["a.json:1:18: not valid JSON"]),
     ("only answers that are empty", "a.jsonl", pairs("q", answer=""), ["1 of 1 rows cannot be used, so none is left"]),
 ]  # fmt: skip

@@ -177,6 +177,61 @@ def test_a_wanted_format_that_the_file_has_not_is_an_error(tmp_path):
     assert said(read_one(tmp_path, {"instruction": "i", "output": "a", "input": "x"}, "pairs"))[0] == ("user", "x")
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"Frage": "q", "Antwort": "a"}, {"user": "Frage", "assistant": "antwort"}, [("user", "q"), ("assistant", "a")]),
+        ({"q.": "q", "answer": "a", "question": "x"}, {"user": "q."}, [("user", "q"), ("assistant", "a")]),
+        ({"instruction": "i", "input": "n", "out": "a"}, {"assistant": "out"}, [("user", "i\n\nn"), ("assistant", "a")]),
+        ({"instruction": "i", "input": "n", "output": "a"}, {"user": "input"}, [("user", "n"), ("assistant", "a")]),
+        ({"input": "s", "query": "q", "output": "a"}, {"system": "input"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        ({"instruction": "q", "input": "s", "output": "a"}, {"system": "input"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        ({"output": "q", "reply": "a"}, {"user": "output"}, [("user", "q"), ("assistant", "a")]),
+        ({"output": "q", "input": "a"}, {"user": "output", "assistant": "input"}, [("user", "q"), ("assistant", "a")]),
+        ({"messages": [ANSWER], "user": "q", "assistant": "a"}, {"user": "user"}, [("user", "q"), ("assistant", "a")]),
+        ({"Chat": [{"role": "user", "content": "q"}, ANSWER], "conversations": []}, {"messages": "Chat"}, [("user", "q"), ("assistant", "a")]),
+        ({"Chat": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "Regel": "s"}, {"messages": "Chat", "system": "Regel"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ],
+)  # fmt: skip
+def test_own_column_names_come_before_the_known_ones(tmp_path, row, columns, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    [record] = records.open_file(path, "auto", columns).records
+    assert said(record) == expected
+
+
+def test_own_name_for_tools(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, ANSWER], "Werkzeuge": [tool]}))
+    [record] = records.open_file(path, "messages", {"tools": "Werkzeuge"}).records
+    assert record.content is not None and record.content["tools"] == [tool]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user": "Frag", "assistant": "Antwort"}, r"rows.csv:2: no column 'Frag' \(user\); found: 'Frage', 'Antwort'"),
+        ({"user": "A", "assistant": "B"}, r"no column 'A' \(user\) and no 'B' \(assistant\); found"),
+        ({"user": "Frage"}, "no usable columns; found: 'Frage', 'Antwort'"),
+        ({"messages": "Frage"}, "no usable columns"),
+    ],
+)
+def test_missing_columns_name_those_that_are_there(tmp_path, columns, message):
+    path = tmp_path / "rows.csv"
+    path.write_text("Frage,Antwort\nq,a\n")
+    with pytest.raises(UserError, match=message) as caught:
+        records.open_file(path, "auto", columns)
+    assert "data.columns" in caught.value.hint
+
+
+def test_a_later_row_without_the_named_column_is_rejected_by_its_own_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"Frage": "q", "Antwort": "a"}\n{"Frage": "q"}\n')
+    _, second = records.open_file(path, "auto", {"user": "Frage", "assistant": "Antwort"}).records
+    assert second.reason == '"antwort" is missing or null'
+
+
 def test_columns_without_a_use_are_counted(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"question": "q", "answer": "a", "weight": 2}\n{"question": "q", "answer": "b", "weight": null}\n')

@@ -5,7 +5,9 @@ coerces by the schema's types, collects every problem and raises them all at onc
 """
 
 import difflib
+import re
 import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from scripts.utils.schema import Config
 
 Origins = dict[tuple[str, ...], str]
+_MAPPINGS = ("data.columns",)  # keys whose value is a mapping; elsewhere a "{" in SET is text
 
 
 def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | None = None) -> "Config":
@@ -84,12 +87,20 @@ def _parse_overrides(text: str) -> list[tuple[tuple[str, ...], Any]]:
     except ValueError as error:
         raise UserError(f"SET={text!r}: {error}", "close the quote") from error
     pairs = []
-    for word in words:
+    remaining = iter(words)
+    for word in remaining:
         key, equals, value = word.partition("=")
+        # spaces within brackets are part of the value
+        opening = "[{" if key in _MAPPINGS else "["
+        while value and value[0] in opening and value[-1] != {"[": "]", "{": "}"}[value[0]]:
+            more = next(remaining, None)
+            if more is None:
+                raise UserError(f"SET: the bracket in {word!r} is never closed", "close it, or quote the value")
+            value = f"{value} {more}"
         if not equals or key.count(".") != 1:
             raise UserError(f"SET: {word!r} is not section.key=value", 'write for example SET="train.epochs=1"')
-        # lists and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
-        is_yaml = value.startswith("[") or value in ("null", "~", "")
+        # lists, mappings and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
+        is_yaml = (value and value[0] in opening) or value in ("null", "~", "")
         pairs.append((tuple(key.split(".")), yaml_text.parse(value, f"SET {key}")[0] if is_yaml else value))
     return pairs
 
@@ -100,11 +111,15 @@ def _problem(item: Any, origins: Origins, path: str) -> str:
     key = location[:2]
     where = origins.get(key) or origins.get(key[:1]) or path
     dotted = ".".join(key)
+    if item["type"] == "extra_forbidden" and len(location) > 2:
+        return f"{where}: unknown key {location[-1]!r} in {dotted}"
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key {dotted!r}{_nearest(key)}"
     if item["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {dotted!r} is a section of keys, not a value"
     expected = item["msg"].removeprefix("Input should be ").replace("a valid string", "text")
+    if key == ("data", "sources"):
+        dotted = ".".join(location)
     return f"{where}: {dotted} is {item['input']!r}, expected {expected}"
 
 
@@ -130,8 +145,18 @@ def _nearest(key: tuple[str, ...]) -> str:
 
 def _check_together(config: "Config", path: str) -> None:
     """Refuse values that are each allowed but not together."""
-    problems = []
+    problems: list[str] = []
     train, data = config.train, config.data
+    problems += _column_problems(data.columns, data.format, "data.")
+    if data.sources and data.raw != type(data).model_fields["raw"].default:
+        problems.append("data.raw (RAW) and data.sources both say what is read; take one of them out")
+    for number, source in enumerate(data.sources, 1):
+        where = f"data.sources, item {number}: "
+        if source.weight is not None and source.limit is not None:
+            problems.append(f"{where}weight and limit are two ways to say how many rows; take one of them out")
+        if source.columns is not None or source.format is not None:
+            columns = data.columns if source.columns is None else source.columns
+            problems += _column_problems(columns, source.format or data.format, where)
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction leave no rows to train on; make their sum less than 1")
     asked = train.load_best_model_at_end is True
@@ -172,6 +197,20 @@ def _check_together(config: "Config", path: str) -> None:
         raise UserError("\n       ".join(f"{path}: {problem}" for problem in problems), "change the values named above")
 
 
+def _column_problems(columns: Mapping[Any, str], row_format: str, where: str) -> Iterator[str]:
+    """What is wrong with own column names for rows of that format; ``where`` stands before the key's name."""
+    named = set(columns)
+    pair_names = named & {"user", "assistant"}
+    if "messages" in named and pair_names:
+        yield f"{where}columns names messages and also user or assistant; a row has the one or the others"
+    allowed = {"messages": named - pair_names, "sharegpt": named - pair_names, "pairs": named - {"messages"}}
+    allowed["alpaca"] = named - {"messages", "user"}  # its question is made from two columns
+    if wrong := sorted(named - allowed.get(row_format, named)):
+        yield f"{where}columns names {' and '.join(wrong)}, which rows of data.format {row_format} do not have"
+    if len({name.strip().lower() for name in columns.values()}) < len(named):
+        yield f"{where}columns gives one column two meanings"
+
+
 def to_yaml(config: "Config") -> str:
     """The resolved config as YAML text, every key spelt out."""
     import yaml
@@ -185,13 +224,21 @@ def data_name(config: "Config") -> str:
 
     if config.data.name:
         return check_name(config.data.name, "data.name")
-    paths = [config.data.raw] if isinstance(config.data.raw, str) else config.data.raw
-    stems = [Path(p.rstrip("/")).name.split(".")[0] for p in paths] or ["raw"]
+    named = [source.raw for source in config.data.sources] or [config.data.raw]
+    paths = [path for raw in named for path in ([raw] if isinstance(raw, str) else raw)]
+    stems = [_stem(Path(path.rstrip("/"))) for path in paths] or ["raw"]
     safe = [
         "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem).strip("-_") for stem in stems
     ]
     name = "+".join(part or "data" for part in safe)
     return name if len(name) <= 60 else f"{name[:48].rstrip('+-')}-{sha256_json(paths)[:8]}"
+
+
+def _stem(path: Path) -> str:
+    """The name of a file or folder up to its first dot; of a pattern all of it, and the folder that it looks in."""
+    if set("*?[") & set(path.name):
+        return re.sub(r"[^A-Za-z0-9_]+", "-", f"{path.parent.name} {path.name}")
+    return path.name.split(".")[0]
 
 
 def run_name(config: "Config", path: str | Path) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.utils import unpacked
 from scripts.utils.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -33,7 +34,7 @@ class RawRow:
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of each line, line ends kept; bytes that are not UTF-8 are a ``UserError`` naming the place."""
     offset = 0
-    with path.open("rb") as file:
+    with unpacked.open_bytes(path) as file:
         for number, line in enumerate(file, 1):  # splits at \n alone, so U+2028 in a text is no line end
             skipped = len(BOM) if number == 1 and line.startswith(BOM) else 0
             try:
@@ -87,7 +88,7 @@ def read_json(path: Path) -> Iterator[RawRow]:
     if first is None:
         return
     start = first[1].lstrip()[0]
-    if start == "[" or (path.suffix.lower() == ".json" and not (_is_object(first[1]) and next(filled, None))):
+    if start == "[" or (unpacked.suffix(path) == ".json" and not (_is_object(first[1]) and next(filled, None))):
         text = "".join(line for _, line in lines(path))
         yield from _read_whole(path, text)
     else:

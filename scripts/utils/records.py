@@ -4,9 +4,10 @@ The shape is found once a file, from its first rows, and every later row must fi
 by letter; a row that cannot be used is an ``Unusable`` with the reason. Nothing is repaired by guessing.
 """
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _QUESTIONS = ("prompt", "question", "user", "query", "input", "human", "problem"
 _ANSWERS = ("completion", "answer", "assistant", "response", "output", "solution", "target", "reply")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
+DIGEST_BYTES = 12
 _PEEK = 100  # rows looked at to find a file's shape
 KNOWN_SHAPES = (
     "messages or conversations (a list of turns), instruction + output, or a question column "
@@ -38,6 +40,8 @@ class Shape:
     turns: str = ""
     question: str = ""
     answer: str = ""
+    systems: tuple[str, ...] = _SYSTEMS
+    tools: str = "tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,11 @@ class Record:
     reason: str = ""
     detail: str = ""
 
+    @property
+    def digest(self) -> bytes:
+        """Hash of the content: the row's id."""
+        return hashlib.sha256(self.encoded).digest()[:DIGEST_BYTES]
+
 
 @dataclass
 class FileRecords:
@@ -64,21 +73,29 @@ class FileRecords:
     left_out: dict[str, int]
 
 
-def open_file(path: Path, wanted: str = "auto") -> FileRecords:
+def open_file(path: Path, wanted: str = "auto", columns: Mapping[Any, str] | None = None) -> FileRecords:
     """Find the shape of a file (or check ``wanted``) and return its records.
 
-    Raises ``UserError`` naming the columns found when rows can be read but none has a known shape.
+    ``columns`` gives a file's own names: user, assistant, system, messages or tools → column. Raises ``UserError``
+    naming the columns found when one of these is missing, or when rows can be read but none has a known shape.
     """
+    own = {meaning: name.strip().lower() for meaning, name in (columns or {}).items()}
     rows = raw_files.read_rows(path)
     first = list(itertools.islice(rows, _PEEK))
     objects = [row for row in first if isinstance(row.value, dict)]
-    shape = next((found for row in objects if (found := detect(row.value, wanted))), None)
-    if objects and shape is None:
-        columns = ", ".join(repr(str(name)[:40]) for name in list(objects[0].value)[:20]) or "none"
+    shape = next((found for row in objects if (found := detect(row.value, wanted, own))), None)
+    there = {name for row in objects for name in _columns(row.value)}
+    missing = [f"{(columns or {})[meaning]!r} ({meaning})" for meaning, name in own.items() if name not in there]
+    if objects and (missing or shape is None):
+        names = ", ".join(repr(str(name)[:40]) for name in list(objects[0].value)[:20]) or "none"
+        if missing:
+            message = f"{path}:{objects[0].line}: no column {' and no '.join(missing)}; found: {names}"
+            raise UserError(message, "data.columns must name columns as they stand in the file")
         asked = "" if wanted == "auto" else f" for data.format {wanted}"
         raise UserError(
-            f"{path}:{objects[0].line}: no usable columns{asked}; found: {columns}",
-            f"known are {KNOWN_SHAPES}; a CSV names its columns in the first line",
+            f"{path}:{objects[0].line}: no usable columns{asked}; found: {names}",
+            f"known are {KNOWN_SHAPES}; a CSV names its columns in the first line. Other names: "
+            'SET="data.columns={user: your_question, assistant: your_answer}"',
         )
     left_out: dict[str, int] = {}
     records = (_record(row, shape, left_out) for row in itertools.chain(first, rows))
@@ -109,41 +126,49 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
     return {name.strip().lower(): value for name, value in reversed(row.items())}
 
 
-def detect(row: dict[str, Any], wanted: str = "auto") -> Shape | None:
-    """The shape of one row, or None when it has none of the known ones."""
-    columns = _columns(row)
-    if wanted in ("auto", "messages", "sharegpt"):
-        for name in _TURNS:
+def detect(row: dict[str, Any], wanted: str = "auto", own: Mapping[str, str] | None = None) -> Shape | None:
+    """The shape of one row, or None when it has none of the known ones; ``own`` as ``columns`` in ``open_file``."""
+    columns, own = _columns(row), own or {}
+    extra: dict[str, Any] = {"systems": (own["system"],)} if "system" in own else {}
+    extra |= {"tools": own["tools"]} if "tools" in own else {}
+    if wanted in ("auto", "messages", "sharegpt") and not {"user", "assistant"} & own.keys():
+        for name in (own["messages"],) if "messages" in own else _TURNS:
             turn = columns[name][0] if isinstance(columns.get(name), list) and columns[name] else None
             kind = "messages" if isinstance(turn, dict) and "role" in turn else "sharegpt"
             if isinstance(turn, dict) and ("role" in turn or "from" in turn) and wanted in ("auto", kind):
                 key = "role" if kind == "messages" else "from"
-                return Shape(kind, f'"{name}" holds turns with "{key}"', turns=name)
-    answer = next((name for name in _ANSWERS if name in columns), "")
-    if answer and "instruction" in columns and wanted in ("auto", "alpaca"):
+                return Shape(kind, f'"{name}" holds turns with "{key}"', turns=name, **extra)
+    if "messages" in own:
+        return None
+    answers = [own["assistant"]] if "assistant" in own else [name for name in _ANSWERS if name not in own.values()]
+    answer = next((name for name in answers if name in columns), "")
+    if answer and "instruction" in columns and wanted in ("auto", "alpaca") and "user" not in own:
         why = f"instruction (+ input) → user, {answer} → assistant"
-        return Shape("alpaca", why, question="instruction", answer=answer)
-    question = next((name for name in _QUESTIONS if name in columns and name != answer), "")
+        return Shape("alpaca", why, question="instruction", answer=answer, **extra)
+    free = [name for name in _QUESTIONS if name != answer and name not in own.values()]
+    question = next((name for name in ([own["user"]] if "user" in own else free) if name in columns), "")
     if question and answer and wanted in ("auto", "pairs"):
-        return Shape("pairs", f"{question} → user, {answer} → assistant", question=question, answer=answer)
+        return Shape("pairs", f"{question} → user, {answer} → assistant", question=question, answer=answer, **extra)
     return None
 
 
 def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> dict[str, Any]:
     """Return {"messages", "tools"?} of a row; raises ``Unusable``. Counts columns without a use in ``left_out``."""
     columns = _columns(row)
-    used = {shape.turns, shape.question, shape.answer, *_SYSTEMS, "tools", "history"}
+    used = {shape.turns, shape.question, shape.answer, *shape.systems, shape.tools, "history"}
     messages: list[dict[str, Any]] = []
-    system = next((columns[name] for name in _SYSTEMS if not is_blank(columns.get(name))), None)
+    system = next((columns[name] for name in shape.systems if not is_blank(columns.get(name))), None)
     if system is not None:
-        messages.append({"role": "system", "content": as_text(system, '"system"')})
+        messages.append({"role": "system", "content": as_text(system, f'"{shape.systems[0]}"')})
     if shape.turns:
         given = columns.get(shape.turns)
         if not isinstance(given, list) or not given:
             raise Unusable(f'"{shape.turns}" is not a list of turns', f"it is {kind_of(given)}")
         messages += [read_turn(turn, left_out) for turn in given]
     else:
-        context = next((name for name in _CONTEXTS if name in columns), "") if shape.kind == "alpaca" else ""
+        context = ""
+        if shape.kind == "alpaca":
+            context = next((name for name in _CONTEXTS if name in columns and name not in shape.systems), "")
         used.add(context)
         messages += _history(columns.get("history"))
         messages += [
@@ -154,7 +179,7 @@ def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> d
     for name, value in columns.items():
         if name not in used and not is_blank(value):
             left_out[name] = left_out.get(name, 0) + 1
-    tools = read_tools(columns.get("tools"))
+    tools = read_tools(columns.get(shape.tools))
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
 

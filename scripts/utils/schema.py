@@ -14,6 +14,8 @@ Strategy = Annotated[
     Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v in (False, "false", "off") else v)
 ]
 Switch = Literal["auto"] | bool
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "pairs"]
+Meaning = Literal["user", "assistant", "system", "messages", "tools"]
 
 
 class Section(BaseModel):
@@ -30,10 +32,22 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
 
 
+class SourceSection(Section):
+    """One item of data.sources; format and columns are those of the data section where they are not given."""
+
+    raw: str | list[str]
+    weight: Annotated[float, Field(gt=0, le=1)] | None = None
+    limit: Positive | None = None
+    format: RowFormat | None = None
+    columns: dict[Meaning, str] | None = None
+
+
 class DataSection(Section):
     raw: str | list[str] = "data/raw"
+    sources: list[SourceSection] = []
     name: str | None = None
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "pairs"] = "auto"
+    format: RowFormat = "auto"
+    columns: dict[Meaning, str] = {}
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.1
     split_seed: int = 0

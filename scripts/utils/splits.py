@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.utils import unpacked
+
 _NAMES = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",
 }  # fmt: skip
@@ -20,7 +22,8 @@ def given_splits(paths: Sequence[Path]) -> dict[Path, str]:
 
     Empty unless one file is val or test and another can be trained on: a lone ``train.jsonl`` is split by hash.
     """
-    named = {path: _NAMES[path.stem.lower()] for path in paths if path.stem.lower() in _NAMES}
+    stems = {path: unpacked.inner(path).stem.lower() for path in paths}
+    named = {path: _NAMES[stem] for path, stem in stems.items() if stem in _NAMES}
     held_out = [path for path, split in named.items() if split != "train"]
     return named if held_out and len(held_out) < len(set(paths)) else {}
 

@@ -1,4 +1,6 @@
-"""What became of the rows: every row in is out, rejected with a reason, or a duplicate; never simply gone."""
+"""What became of the rows: every row in is out, rejected with a reason, a duplicate, or left out by its source's share;
+never simply gone.
+"""
 
 import math
 from collections import Counter
@@ -20,6 +22,7 @@ class Tally:
     kept: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     duplicates: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)  # by the weight or limit of their source
     splits: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -27,10 +30,10 @@ class Tally:
     straddling: int = 0  # rows of given train (or val) files whose question, not whose answer, stands in a later split
 
     def check(self) -> None:
-        """Rows in = out + rejected + duplicates, for each file; anything else is a bug."""
+        """Rows in = out + rejected + duplicates + left out, for each file; anything else is a bug."""
         for name, count in self.rows.items():
-            if count != self.kept[name] + self.rejected[name] + self.duplicates[name]:
-                raise RuntimeError(f"{name}: {count} rows in are not the sum of out, rejected and duplicates")
+            if count != sum(counter[name] for counter in (self.kept, self.rejected, self.duplicates, self.left_out)):
+                raise RuntimeError(f"{name}: {count} rows in are not the sum of out, rejected, duplicates and left out")
         if self.kept.total() != self.splits.total():
             raise RuntimeError("the splits do not hold the rows that were kept")
 
@@ -57,6 +60,8 @@ def refuse_bad_data(tally: Tally, max_rejected: float) -> None:
     share = rejected / rows
     if kept and share <= max_rejected:
         return
+    if not kept and tally.left_out.total():
+        raise UserError("no row is left: data.sources takes none of those that can be used", "take larger shares")
     top = [f"{count:,} × {reason}, first at {tally.examples[reason]}" for reason, count in tally.reasons.most_common(3)]
     limit = f"more than data.max_rejected allows ({max_rejected:.0%})" if kept else "so none is left"
     enough = math.ceil(share * 100) / 100
