@@ -143,7 +143,7 @@ install-dev:
 test: install-dev ## install what the tests need and run them all
 	@$(PY) -m pytest
 
-test-fast: install-dev ## the tests that take under 3 minutes together
+test-fast: install-dev ## the tests that take about 3 minutes together
 	@$(PY) -m pytest -m "not slow"
 
 torture: install-dev ## kill a run at random and at every crash point of its saves, fill its disk, resume each time   KILLS=200
