@@ -10,7 +10,7 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS
+unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -35,6 +35,8 @@ export SFT_OUTPUT = $(value OUTPUT)
 export SFT_WHICH = $(value WHICH)
 export SFT_CLEAR = $(value CLEAR)
 export SFT_KILLS = $(value KILLS)
+export SFT_ROW = $(value ROW)
+export SFT_IDS = $(value IDS)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -83,7 +85,7 @@ check: ## is this machine ready: Python, packages, GPU, disk, memory, config, da
 	@$(ANY_PY) scripts/check.py
 
 ##@ Data
-.PHONY: process style render full-pipeline
+.PHONY: process style render inspect full-pipeline
 process: ready ## data/raw -> data/processed   RAW= CONFIG= FORCE=1
 	@$(PY) scripts/process.py
 
@@ -92,6 +94,9 @@ style: process ## add a system message -> data/processed_with_style   STYLE= STY
 
 render: style ## chat template and loss spans -> data/rendered
 	@$(PY) scripts/render.py
+
+inspect: render ## a row as the model sees it, trained tokens in colour, also as HTML   ROW=1|<id>|random SPLIT= IDS=1
+	@$(PY) scripts/inspect_row.py
 
 full-pipeline: train ## everything: process, style, render, train, eval
 	@$(PY) scripts/eval.py
@@ -171,4 +176,5 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
 #: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
+#: ROW      number, start of an id, or random         IDS      1: list the tokens with their ids
 #: KILLS    kills of make torture (200)

@@ -24,7 +24,7 @@ training_state unsloth_probe json_rows splits
 arrow_rows
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding metrics resume backends
-model_store schedule adapters tally sources unsloth_child
+model_store schedule adapters tally sources unsloth_child shown
 rendered training trained generation initial
 callbacks merging evaluation chat_session self_test
 """
