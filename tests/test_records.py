@@ -45,6 +45,12 @@ def said(record: records.Record) -> list[tuple[str, str]]:
             {"instruction": "i", "output": "a", "history": [["h", "g"]], "system": "s"},
             [("system", "s"), ("user", "h"), ("assistant", "g"), ("user", "i"), ("assistant", "a")],
         ),
+        (
+            {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "completion": [ANSWER]},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        ({"prompt": [{"role": "user", "content": "q"}], "completion": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "completion": [ANSWER]}, [("user", "q"), ("assistant", "a")]),
         ({"question": "q", "answer": 3}, [("user", "q"), ("assistant", "3")]),
         ({"question": 1.5, "answer": False}, [("user", "1.5"), ("assistant", "false")]),
         ({"messages": [{"role": "user", "content": "q"}, ANSWER]}, [("user", "q"), ("assistant", "a")]),
@@ -360,3 +366,16 @@ def test_file_names_give_splits_only_where_something_is_held_out():
     assert names("more.jsonl", "test.jsonl") == {"test.jsonl": "test"}
     assert names("train.jsonl") == names("test.jsonl") == names("train.jsonl", "more.jsonl") == {}
     assert names("train_1.jsonl", "testing.jsonl") == {}
+
+
+def test_of_a_prompt_in_turns_only_the_completion_is_learnt(tmp_path):
+    prompt = [{"role": "user", "content": "q"}, ANSWER, {"role": "user", "content": "r"}]
+    record = read_one(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "b"}]})
+    assert record.content is not None
+    assert [m.get("train") for m in record.content["messages"] if m["role"] == "assistant"] == [False, None]
+
+
+@pytest.mark.parametrize("completion", [[{"role": "user", "content": "a"}], [], ["a"], [{"content": "a"}]])
+def test_a_completion_in_turns_that_answers_nothing_is_rejected(tmp_path, completion):
+    record = read_one(tmp_path, {"prompt": [{"role": "user", "content": "q"}], "completion": completion})
+    assert record.content is None and record.reason

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from scripts.utils import raw_files
 from scripts.utils.errors import UserError
@@ -171,16 +171,29 @@ def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> d
             context = next((name for name in _CONTEXTS if name in columns and name not in shape.systems), "")
         used.add(context)
         messages += _history(columns.get("history"))
-        messages += [
-            {"role": "user", "content": _question(columns, shape.question, context)},
-            {"role": "assistant", "content": filled_text(columns.get(shape.answer), f'"{shape.answer}"')},
-        ]
+        asked, answered = columns.get(shape.question), columns.get(shape.answer)
+        if _is_turns(asked):  # only the completion is to be learnt
+            messages += [_untrained(read_turn(turn, left_out)) for turn in asked]
+        else:
+            messages.append({"role": "user", "content": _question(columns, shape.question, context)})
+        if _is_turns(answered):
+            messages += [read_turn(turn, left_out) for turn in answered]
+        else:
+            messages.append({"role": "assistant", "content": filled_text(answered, f'"{shape.answer}"')})
     check_order(messages)
     for name, value in columns.items():
         if name not in used and not is_blank(value):
             left_out[name] = left_out.get(name, 0) + 1
     tools = read_tools(columns.get(shape.tools))
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _is_turns(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _untrained(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "train": False} if message["role"] == "assistant" else message
 
 
 def _question(columns: dict[str, Any], name: str, context: str) -> str:
