@@ -176,8 +176,12 @@ def report(run: str, folder: Path, found: dict[str, Any]) -> None:
         f"{run}: base and tuned on {settings['rows']:,} of {found['data']['available']:,} {settings['split']} rows"
     )
     console.table("", ("metric", "base", "tuned", "change"), lines)
-    for name in (name for name in metrics.METRICS if found["tuned"][name] is None or found["base"][name] is None):
-        console.note("eval", f"no {metrics.METRICS[name].label}: {reasons.get(name)}")
+    missing: dict[str, list[str]] = {}
+    for name, metric in metrics.METRICS.items():
+        if found["tuned"][name] is None or found["base"][name] is None:
+            missing.setdefault(reasons.get(name, ""), []).append(metric.label)
+    for reason, labels in missing.items():
+        console.note("eval", f"no {', '.join(labels)}: {reason}")
     console.result(f"metrics: {folder / 'metrics.json'}\nsamples: {folder / 'samples.jsonl'}")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import chat, command, console, files, lengths, stages
+from scripts.utils import chat, command, console, continued, files, lengths, stages
 from scripts.utils.errors import UserError
 from scripts.utils.rendered import encode_row, wanted
 
@@ -113,7 +113,6 @@ def render_row(
     def render(messages: list[dict[str, Any]], train_on: chat.TrainOn = settings.train_on) -> dict[str, Any]:
         done = chat.render_conversation(template, tokenizer, messages, row.get("tools"), train_on=train_on)
         rendered = {
-            "id": row["id"],
             "text": done.text,
             "spans": done.spans,
             "prompt_end": done.prompt_end,
@@ -121,15 +120,27 @@ def render_row(
             "reference": done.reference,
             **({"literals": done.literals} if done.literals else {}),
         }
+        return finished(rendered)
+
+    def finished(rendered: dict[str, Any]) -> dict[str, Any]:
         encoded = encode_row(tokenizer, rendered)
         return {
+            "id": row["id"],
             **rendered,
             "tokens": len(encoded.ids),
             "trained_tokens": encoded.trained_tokens,
             "source": row["source"],
-            "exact": tokenizer.decode(encoded.ids, clean_up_tokenization_spaces=False) == done.text,
+            "exact": tokenizer.decode(encoded.ids, clean_up_tokenization_spaces=False) == rendered["text"],
         }
 
+    if "text" in row:
+        parts = continued.render_texts(
+            tokenizer, row["text"], settings.max_length, lambda part: len(encode_row(tokenizer, part).ids)
+        )
+        if len(parts) > 1 and settings.too_long == "error":
+            raise lengths.too_long(settings.max_length)
+        made = [finished(part) for part in parts]
+        return _numbered(made) if len(made) > 1 else made, "split" if len(made) > 1 else ""
     messages, limit = row["messages"], settings.max_length
     made, how = [render(messages)], ""
     if made[0]["tokens"] > limit:
@@ -146,13 +157,17 @@ def render_row(
                 ),
                 "split",
             )
-            made = [{**part, "id": f"{part['id']}-{number}"} for number, part in enumerate(made, 1)]
+            made = _numbered(made)
         else:
             shorten = lengths.without_start if settings.too_long == "truncate_start" else lengths.without_end
             made, how = [shorten(messages, limit, render)], "cut"
     if not all(part["trained_tokens"] for part in made):
         raise UserError("no token of it carries loss", "see render.train_on")
     return made, how
+
+
+def _numbered(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**part, "id": f"{part['id']}-{number}"} for number, part in enumerate(parts, 1)]
 
 
 def _check(config: "Config", splits: dict[str, int], rejected: list[dict[str, Any]], rows_in: int) -> None:

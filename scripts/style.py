@@ -183,9 +183,13 @@ def restyle(processed: Path, new: Path, split: str, style: Style, changes: Count
     def rows() -> Any:
         progress = console.Progress("style", "rows")
         for row in files.read_jsonl(processed / f"{split}.jsonl"):
+            progress.advance()
+            if "messages" not in row:  # a text to continue has no system message
+                changes["left"] += 1
+                yield row
+                continue
             messages, change = with_style(row["messages"], style)
             changes[change] += 1
-            progress.advance()
             yield {**row, "messages": messages}
         progress.close()
 

@@ -203,7 +203,10 @@ def _column_problems(columns: Mapping[Any, str], row_format: str, where: str) ->
     pair_names = named & {"user", "assistant"}
     if "messages" in named and pair_names:
         yield f"{where}columns names messages and also user or assistant; a row has the one or the others"
+    if "text" in named and len(named) > 1:
+        yield f"{where}columns names text and also others; a text has no other part"
     allowed = {"messages": named - pair_names, "sharegpt": named - pair_names, "pairs": named - {"messages"}}
+    allowed["text"] = named & {"text"}
     allowed["alpaca"] = named - {"messages", "user"}  # its question is made from two columns
     if wrong := sorted(named - allowed.get(row_format, named)):
         yield f"{where}columns names {' and '.join(wrong)}, which rows of data.format {row_format} do not have"

@@ -41,9 +41,10 @@ def answering_as(trained: Trained, side: Side) -> Iterator[None]:
 
 def evaluate(trained: Trained, side: Side, rows: list[dict[str, Any]], config: "Config") -> Answers:
     """Loss over the rows' trained tokens, then greedy answers to their last prompts, scored."""
-    prompts = rendered.to_prompts(trained.tokenizer, rows)
-    names = [f"row {row['id'][:12]} ({row['source']['file']}:{row['source']['line']})" for row in rows]
-    if config.eval.generate:
+    asked = asking(rows)
+    prompts = rendered.to_prompts(trained.tokenizer, asked)
+    names = [f"row {row['id'][:12]} ({row['source']['file']}:{row['source']['line']})" for row in asked]
+    if config.eval.generate and asked:
         check_lengths(trained.model, prompts, names)
     progress = console.Progress(f"eval {side}", "rows (loss)", len(rows))
     total, count = 0.0, 0
@@ -56,13 +57,13 @@ def evaluate(trained: Trained, side: Side, rows: list[dict[str, Any]], config: "
         progress.advance(len(part))
     progress.close()
     scores = loss_scores(total, count)
-    if not config.eval.generate:
+    if not config.eval.generate or not asked:
+        why = "the rows are texts, which ask nothing" if config.eval.generate else "eval.generate is false"
         return Answers(
-            scores
-            | {name: metrics.Score(None, "eval.generate is false") for name in metrics.METRICS if name not in scores},
+            scores | {name: metrics.Score(None, why) for name in metrics.METRICS if name not in scores},
             [],
         )
-    progress = console.Progress(f"eval {side}", "answers", len(rows))
+    progress = console.Progress(f"eval {side}", "answers", len(asked))
     generated = generate(
         trained.model,
         trained.tokenizer,
@@ -76,9 +77,14 @@ def evaluate(trained: Trained, side: Side, rows: list[dict[str, Any]], config: "
         on_done=progress.advance,
     )
     progress.close()
-    texts, references = [answer.text for answer in generated], [row["reference"] for row in rows]
+    texts, references = [answer.text for answer in generated], [row["reference"] for row in asked]
     tokens_each, finished = [len(answer.ids) for answer in generated], [answer.finished for answer in generated]
     return Answers(scores | metrics.score_answers(texts, references, tokens_each, finished), generated)
+
+
+def asking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with a prompt to answer: all but texts that are only continued."""
+    return [row for row in rows if row["prompt_end"]]
 
 
 def loss_scores(total: float, tokens: int) -> dict[str, metrics.Score]:
@@ -92,7 +98,7 @@ def loss_scores(total: float, tokens: int) -> dict[str, metrics.Score]:
 
 
 def samples(rows: list[dict[str, Any]], answers: dict[Side, Answers]) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows):
+    for number, row in enumerate(asking(rows)):
         prompt = row["text"][: row["prompt_end"]]
         sample = {
             "id": row["id"],

@@ -1,4 +1,4 @@
-"""Raw data files as rows: which files there are, and the rows of each (JSON, JSON lines, CSV and TSV,
+"""Raw data files as rows: which files there are, and the rows of each (JSON, JSON lines, CSV, TSV and text,
 each also packed; Parquet and Arrow) with their lines.
 
 Nothing is judged here but whether a row can be read at all. A row that cannot (a broken JSON line, a CSV line with a
@@ -16,7 +16,7 @@ from scripts.utils import arrow_rows, unpacked
 from scripts.utils.errors import UserError
 from scripts.utils.json_rows import BOM, RawRow, lines, read_json
 
-TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # each also with .gz or .zst behind it
+TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")  # each also with .gz or .zst behind it
 READABLE = (*TEXT, *arrow_rows.SUFFIXES)
 # files whose name says JSON or CSV and whose bytes say otherwise; first bytes → what to call it
 _OTHER_KINDS = {
@@ -44,12 +44,12 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     for path in paths:
         if path.is_dir():
             entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-            found += _readable(entries, f"inside {path}", warnings)
+            found += _readable(entries, f"inside {path}", warnings, texts=False)
         elif not path.exists() and set("*?[") & set(str(path)):
             entries = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
             if not entries:
                 raise UserError(f"no data: nothing has a name like {path.absolute()}", hint)
-            found += _readable(entries, f"that {path} names", warnings)
+            found += _readable(entries, f"that {path} names", warnings, texts=".txt" in path.suffixes)
         elif not path.exists():
             raise UserError(f"no data: {path.absolute()} does not exist", hint)
         elif unpacked.suffix(path) not in READABLE:
@@ -67,14 +67,20 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     return found, warnings
 
 
-def _readable(entries: Sequence[Path], where: str, warnings: list[str]) -> list[Path]:
-    """The data files among what a folder or a pattern holds, and a warning for each other thing."""
-    found = [entry for entry in entries if entry.is_file() and unpacked.suffix(entry) in READABLE]
+def _readable(entries: Sequence[Path], where: str, warnings: list[str], *, texts: bool) -> list[Path]:
+    """The data files among what a folder or a pattern holds, and a warning for each other thing.
+
+    Without ``texts`` a .txt file is passed over: notes beside the data must not be trained on by accident.
+    """
+    kinds = [kind for kind in READABLE if texts or kind != ".txt"]
+    found = [entry for entry in entries if entry.is_file() and unpacked.suffix(entry) in kinds]
     for entry in entries:
         if entry in found or entry.stem.lower() in ("readme", "license"):
             continue
         if entry.is_dir():
             warnings.append(f"{entry} is a folder {where} and is not read; RAW={entry} reads it")
+        elif unpacked.suffix(entry) == ".txt":
+            warnings.append(f'{entry} is not read: it is text {where}; a pattern reads it: RAW="{entry.parent}/*.txt"')
         else:
             warnings.append(
                 f"{entry} is not read: its name does not end in {', '.join(READABLE)} (or .gz, .zst after it)"
@@ -90,6 +96,8 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         if kind in arrow_rows.SUFFIXES
         else _read_table(path)
         if kind in (".csv", ".tsv")
+        else _read_text(path)
+        if kind == ".txt"
         else read_json(path)
     )
     empty = True
@@ -126,6 +134,13 @@ def _check_kind(path: Path) -> list[str]:
     if packing == named:
         return []
     return [f"{path}: its name says {named or 'plain text'}, its bytes say {packing or 'plain text'}; read as that"]
+
+
+def _read_text(path: Path) -> Iterator[RawRow]:
+    """A text file is one row: its text, to be continued as it stands."""
+    text = "".join(line for _, line in lines(path))
+    if text.strip():
+        yield RawRow(str(path), 1, {"text": text})
 
 
 def _read_table(path: Path) -> Iterator[RawRow]:

@@ -27,7 +27,7 @@ DIGEST_BYTES = 12
 _PEEK = 100  # rows looked at to find a file's shape
 KNOWN_SHAPES = (
     "messages or conversations (a list of turns), instruction + output, or a question column "
-    f"({', '.join(_QUESTIONS[:-1])}) with an answer column ({', '.join(_ANSWERS)})"
+    f"({', '.join(_QUESTIONS[:-1])}) with an answer column ({', '.join(_ANSWERS)}), or text"
 )
 
 
@@ -129,6 +129,8 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 def detect(row: dict[str, Any], wanted: str = "auto", own: Mapping[str, str] | None = None) -> Shape | None:
     """The shape of one row, or None when it has none of the known ones; ``own`` as ``columns`` in ``open_file``."""
     columns, own = _columns(row), own or {}
+    if "text" in own:
+        return _text_shape(own["text"]) if own["text"] in columns and wanted in ("auto", "text") else None
     extra: dict[str, Any] = {"systems": (own["system"],)} if "system" in own else {}
     extra |= {"tools": own["tools"]} if "tools" in own else {}
     if wanted in ("auto", "messages", "sharegpt") and not {"user", "assistant"} & own.keys():
@@ -149,13 +151,22 @@ def detect(row: dict[str, Any], wanted: str = "auto", own: Mapping[str, str] | N
     question = next((name for name in ([own["user"]] if "user" in own else free) if name in columns), "")
     if question and answer and wanted in ("auto", "pairs"):
         return Shape("pairs", f"{question} → user, {answer} → assistant", question=question, answer=answer, **extra)
+    if "text" in columns and wanted in ("auto", "text"):
+        return _text_shape("text")
     return None
 
 
+def _text_shape(name: str) -> Shape:
+    return Shape("text", f'"{name}" is text to continue, with loss on all of it', answer=name)
+
+
 def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> dict[str, Any]:
-    """Return {"messages", "tools"?} of a row; raises ``Unusable``. Counts columns without a use in ``left_out``."""
+    """Return {"messages", "tools"?} of a row, or {"text"}; raises ``Unusable``. Counts columns without a use in ``left_out``."""
     columns = _columns(row)
     used = {shape.turns, shape.question, shape.answer, *shape.systems, shape.tools, "history"}
+    if shape.kind == "text":
+        _count_unused(columns, {shape.answer}, left_out)
+        return {"text": filled_text(columns.get(shape.answer), f'"{shape.answer}"')}
     messages: list[dict[str, Any]] = []
     system = next((columns[name] for name in shape.systems if not is_blank(columns.get(name))), None)
     if system is not None:
@@ -181,11 +192,15 @@ def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> d
         else:
             messages.append({"role": "assistant", "content": filled_text(answered, f'"{shape.answer}"')})
     check_order(messages)
+    _count_unused(columns, used, left_out)
+    tools = read_tools(columns.get(shape.tools))
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _count_unused(columns: dict[str, Any], used: set[str], left_out: dict[str, int]) -> None:
     for name, value in columns.items():
         if name not in used and not is_blank(value):
             left_out[name] = left_out.get(name, 0) + 1
-    tools = read_tools(columns.get(shape.tools))
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
 
 def _is_turns(value: Any) -> TypeGuard[list[Any]]:

@@ -14,8 +14,8 @@ Strategy = Annotated[
     Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v in (False, "false", "off") else v)
 ]
 Switch = Literal["auto"] | bool
-RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "pairs"]
-Meaning = Literal["user", "assistant", "system", "messages", "tools"]
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "pairs", "text"]
+Meaning = Literal["user", "assistant", "system", "messages", "tools", "text"]
 
 
 class Section(BaseModel):

@@ -35,8 +35,9 @@ def reading_order(paths: Sequence[Path], given: dict[Path, str]) -> list[Path]:
 
 
 def question_hash(content: dict[str, Any], seed: int) -> bytes:
-    """16 bytes that depend on ``seed`` and on every message before the last one, the answer."""
-    text = json.dumps(content["messages"][:-1], sort_keys=True)
+    """16 bytes that depend on ``seed`` and on every message before the last one, the answer; of a text on all of it."""
+    asked = content["messages"][:-1] if "messages" in content else content["text"]
+    text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(f"{seed}:{text}".encode()).digest()[:16]
 
 
