@@ -117,7 +117,7 @@ def test_metrics_that_cannot_be_computed_are_null_with_a_reason(run: Path, capsy
     assert found()["tuned"]["json_valid"] is None
     assert "JSON" in found()["reasons"]["json_valid"]
     captured = capsys.readouterr()
-    assert "–" in captured.out and "no JSON parses: no reference is a JSON" in captured.err
+    assert "–" in captured.out and "no JSON parses, JSON equal: no reference is a JSON" in captured.err
     assert evaluate("--set", "eval.generate=false") == 0
     assert found()["tuned"]["exact_match"] is None
     assert found()["tuned"]["loss"] < 0.2
