@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
 errors schema console environment template_child
-files yaml_text gguf_file unpacked hardware turns template_guard literals lengths
+files yaml_text gguf_file unpacked hardware turns template_guard literals lengths spans
 training_state unsloth_probe json_rows splits continued
 arrow_rows
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice

@@ -31,7 +31,10 @@ FAMILIES = {
 @functools.cache
 def family_tokenizer(name: str) -> Any:
     """SmolLM2's tokenizer with a family's control tokens; the padding token is the end token."""
-    begin, end, others = FAMILIES[name]
+    return tokenizer_with(*FAMILIES[name])
+
+
+def tokenizer_with(begin: str, end: str, others: list[str]) -> Any:
     tokenizer = copy.deepcopy(smollm2_tokenizer())
     tokenizer.add_special_tokens(
         {"bos_token": begin, "eos_token": end, "pad_token": end, "extra_special_tokens": others}

@@ -2,7 +2,7 @@
 
 The one renderer of the project: render, eval, infer and merge all come here, so a conversation is the same text
 on every way. Spans are found from the template itself, never by searching for marker strings: from its generation
-markers where it has them, else by rendering the conversation up to each assistant turn.
+markers where it has them, else by rendering the conversation up to each assistant turn (``spans.py``).
 """
 
 import functools
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import literals, template_child, template_guard
+from scripts.utils import literals, spans, template_child, template_guard
 from scripts.utils.errors import UserError
 from scripts.utils.files import REPO_ROOT
 
@@ -137,31 +137,38 @@ def render_conversation(
     messages, tools, guard = _prepared(template, tokenizer, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     text, marked = _render(template, tokenizer, messages, tools)
-    starts = [_answer_start(template, tokenizer, messages, tools, turn, text) for turn in turns]
-    spans = marked or [
-        _turn_span(template, tokenizer, messages, tools, turn, text, start)
-        for turn, start in zip(turns, starts, strict=True)
+
+    def show(shown: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+        return _render(template, tokenizer, shown, tools, generation_prompt)[0]
+
+    starts = [spans.answer_start(show, messages, turn, text) for turn in turns]
+    found = marked or [
+        spans.turn_span(show, tokenizer, messages, turn, text, start) for turn, start in zip(turns, starts, strict=True)
     ]
-    spans = [_without_trailing_space(tokenizer, text, span) for span in spans]
-    if not all(start < end for start, end in spans) or any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    found = [spans.without_trailing_space(tokenizer, text, span) for span in found]
+    if not all(start < end for start, end in found) or any(a[1] > b[0] for a, b in zip(found, found[1:], strict=False)):
         raise UserError("the template does not let the assistant's turns be told apart", "use another render.template")
-    owners = _owners(spans, starts)
+    owners = spans.owners(found, starts)
     last = max(number for number, yes in enumerate(wanted) if yes)
-    first_of_last = next((span[0] for span, owner in zip(spans, owners, strict=True) if owner == last), None)
+    first_of_last = next((span[0] for span, owner in zip(found, owners, strict=True) if owner == last), None)
     if first_of_last is None:
         raise UserError("the template does not show the turn that is to be learnt", "use another render.template")
     start = starts[last]
     prompt_end = first_of_last if start is None or marked else start
-    earlier = [span for span in spans if span[1] <= prompt_end]
+    found = [
+        spans.without_empty_thought(show, messages, turns[owner], text, span)
+        for span, owner in zip(found, owners, strict=True)
+    ]
+    earlier = [span for span in found if span[1] <= prompt_end]
     if train_on == "all":
-        loss = _gaps([span for span, owner in zip(spans, owners, strict=True) if not wanted[owner]], len(text))
+        loss = spans.gaps([span for span, owner in zip(found, owners, strict=True) if not wanted[owner]], len(text))
     else:
-        loss = [span for span, owner in zip(spans, owners, strict=True) if wanted[owner]]
-    clean, found = literals.find(guard, text)
+        loss = [span for span, owner in zip(found, owners, strict=True) if wanted[owner]]
+    clean, look_alikes = literals.find(guard, text)
     [(_, prompt_end)] = literals.shift(guard, text, [(0, prompt_end)])
     loss, earlier = literals.shift(guard, text, loss), literals.shift(guard, text, earlier)
     reference = str(messages[turns[last]].get("content") or "").replace(guard.sentinel, "")
-    return Rendered(clean, loss, prompt_end, earlier, reference, found)
+    return Rendered(clean, loss, prompt_end, earlier, reference, look_alikes)
 
 
 def _prepared(
@@ -196,22 +203,6 @@ def with_flags(messages: list[dict[str, Any]], train_on: TrainOn) -> list[dict[s
     return [m if m["role"] != "assistant" or next(wanted) else {**m, "train": False} for m in messages]
 
 
-def _owners(spans: list[Span], starts: list[int | None]) -> list[int]:
-    """The assistant turn that each span belongs to: one each, or, where markers stand otherwise, by the turns' starts."""
-    if len(spans) == len(starts):
-        return list(range(len(starts)))
-    known = [start for start in starts if start is not None]
-    if len(known) < len(starts) or (spans and spans[0][0] < known[0]):
-        raise UserError("the template's generation markers do not fit the turns", "use another render.template")
-    return [sum(start <= span[0] for start in known) - 1 for span in spans]
-
-
-def _gaps(spans: list[Span], length: int) -> list[Span]:
-    """What of a text of ``length`` lies outside the spans."""
-    borders = [0, *(border for span in spans for border in span), length]
-    return [(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b]
-
-
 def render_prompt(
     template: Template,
     tokenizer: "PreTrainedTokenizerBase",
@@ -222,15 +213,14 @@ def render_prompt(
     history, flat_tools, guard = _prepared(template, tokenizer, messages, tools)
     text, _ = _render(template, tokenizer, history, flat_tools, generation_prompt=True)
     text, found = literals.find(guard, text)
-    spans: list[Span] = []
+    earlier: list[Span] = []
     if any(message["role"] == "assistant" for message in history):
-        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        so_far = [{**message, "train": None} for message in messages[: last + 1]]
-        known = render_conversation(template, tokenizer, so_far, tools)
-        # a template may show earlier turns differently once more follow (reasoning is often taken out)
-        if text.startswith(known.text[: known.spans[-1][1]]):
-            spans = known.spans
-    return Prompt(text, spans, found)
+        # a template may show earlier turns differently once more follow, so they are looked for with an answer in place
+        answered = [{**message, "train": None} for message in [*messages, {"role": "assistant", "content": "x"}]]
+        known = render_conversation(template, tokenizer, answered, tools)
+        if known.text.startswith(text):
+            earlier = [span for span in known.spans if span[1] <= len(text)]
+    return Prompt(text, earlier, found)
 
 
 def _render(
@@ -260,59 +250,6 @@ def _known_hashes() -> frozenset[str]:
     """Templates that need no limits on time and memory: those in chat_templates/ and the embedded model's."""
     ours = (_template(path.read_text(encoding="utf-8"), path.name).hash for path in TEMPLATES.glob("*.jinja"))
     return frozenset((*ours, _SMOLLM2))
-
-
-def _answer_start(
-    template: Template, tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, turn: int, text: str
-) -> int | None:
-    """Where the model begins to write in turn ``turn``, or None where the template rewrites what came before."""
-    prompt, _ = _render(template, tokenizer, messages[:turn], tools, generation_prompt=True)
-    return len(prompt) if text.startswith(prompt) else None
-
-
-def _turn_span(
-    template: Template,
-    tokenizer: Any,
-    messages: list[dict[str, Any]],
-    tools: list[Any] | None,
-    turn: int,
-    text: str,
-    start: int | None,
-) -> Span:
-    """The assistant turn ``turn`` with its end-of-turn token, by rendering the conversation up to its end."""
-    last = turn + 1 == len(messages)
-    upto = text if last else _render(template, tokenizer, messages[: turn + 1], tools)[0]
-    if start is not None and text.startswith(upto):
-        return start, len(upto)
-    if messages[turn].get("tool_calls"):
-        raise UserError(
-            "the template rewrites an earlier tool call when the conversation goes on", "use another render.template"
-        )
-    # the template shows this turn differently once more turns follow: change its content and see what moves
-    content = str(messages[turn].get("content") or "")
-    probe = [*messages[:turn], {**messages[turn], "content": "\ue000\ue001"}, *messages[turn + 1 :]]
-    changed, _ = _render(template, tokenizer, probe, tools)
-    begin = changed.find("\ue000")
-    tail = len(changed) - (changed.find("\ue001") + 1)
-    end = len(text) - tail
-    if begin < 0 or changed.count("\ue000") != 1 or end < begin or text[begin:end] not in content:
-        raise UserError("the template does not show where this assistant turn lies", "use another render.template")
-    return begin, end + _end_token_length(tokenizer, text, end)
-
-
-def _end_token_length(tokenizer: Any, text: str, end: int) -> int:
-    """Length of the special token that stands at ``end`` (0 where none does)."""
-    names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return max((len(name) for name in names if text.startswith(name, end)), default=0)
-
-
-def _without_trailing_space(tokenizer: Any, text: str, span: Span) -> Span:
-    """Cut what the template adds after the end-of-turn token, such as a line break: the model never writes it."""
-    kept = text[span[0] : span[1]].rstrip()
-    specials = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if any(kept.endswith(name) for name in specials):
-        return span[0], span[0] + len(kept)
-    return span
 
 
 def plain_tools(

@@ -58,7 +58,7 @@ def wanted(config: "Config") -> Wanted:
         "max_length": config.render.max_length,
         "too_long": config.render.too_long,
         "style": _style_of(source),
-        "version": 2,  # raise it when the same rows come out differently
+        "version": 3,  # raise it when the same rows come out differently
     }
     return Wanted(folder, source, model, inputs, settings)
 
