@@ -2,23 +2,29 @@
 
 Every row ends in exactly one place: a split, rejected.jsonl with its file, line and reason, or the counts of
 duplicates and of rows left out by a source's share. A row is {"id", "messages", "tools"?, "source": {"file", "line"}}; its id is the hash of its content.
+
+Rows are read once into a spool file; when all are known, it is decided which belong together (grouping.py), and each
+line of the spool is copied to its split.
 """
 
 import argparse
 import contextlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, records, sources, splits, stages
+from scripts.utils import command, console, files, grouping, near, records, sources, splits, stages
 from scripts.utils.config import data_name
 from scripts.utils.errors import RefusedError, UserError
-from scripts.utils.tally import REJECTED, Tally, refuse_bad_data, reject
+from scripts.utils.tally import REJECTED, Tally, refuse_bad_data, reject, reject_bridge
+
+SPOOL, SIGNATURES = ".spool.jsonl", ".signatures"  # in the new folder, deleted before it lands
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config, DataSection
@@ -53,7 +59,9 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
         "test_fraction": data.test_fraction,
         "split_seed": data.split_seed,
         "max_rejected": data.max_rejected,
-        "version": 4,  # raise it when the same raw rows come out differently
+        "near_duplicates": data.near_duplicates,
+        "near_threshold": data.near_threshold,
+        "version": 5,  # raise it when the same raw rows come out differently
         "order": [str(path) for path in paths],
         "sources": [source.model_dump() for source in data.sources],
     }
@@ -62,7 +70,10 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
         return 0
     with files.replaced_folder(where, stages.MANIFEST) as new:
         given = splits.given_splits(paths)
-        tally = read_all(found, given, data, new)
+        tally = Tally()
+        rows = read_all(found, given, data, new, tally)
+        placed = place(rows, given, data, new)
+        write_splits(rows, placed, new, tally)
         tally.check()
         refuse_bad_data(tally, data.max_rejected)
         fill_train(tally, given, new)
@@ -76,55 +87,91 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
             rejected=tally.rejected.total(),
             duplicates=tally.duplicates.total(),
             left_out=tally.left_out.total(),
+            near_duplicates=placed.near_rows,
             splits={split: tally.splits[split] for split in stages.SPLITS},
             shapes=tally.shapes,
         )
-    report(tally, manifest, where)
+    report(tally, placed, manifest, where)
     return 0
 
 
-def read_all(found: Sequence[sources.Source], given: dict[Path, str], data: "DataSection", new: Path) -> Tally:
-    """Write every row of every file to its split, or to the rejected rows, in ``new``."""
-    tally = Tally()
+def read_all(
+    found: Sequence[sources.Source], given: dict[Path, str], data: "DataSection", new: Path, tally: Tally
+) -> grouping.Rows:
+    """Pass 1: every usable row that is no duplicate, as a finished line in the spool; what the others are, in ``tally``."""
+    rows = grouping.Rows()
     seen: set[bytes] = set()
-    questions: dict[bytes, str] = {}  # only where files say their split; else the hash alone keeps questions together
-    free = [split for split in stages.SPLITS if split not in given.values()]
-    val, test = data.val_fraction * ("val" in free), data.test_fraction * ("test" in free)
     source_of = {path: source for source in found for path in source.paths}
     bounds = {source.paths: sources.bound(source) for source in found}
-    with open_outputs(new) as outputs:
-        for path in splits.reading_order(list(source_of), given):
-            bound = bounds[source_of[path].paths]
-            for record in records_of(path, source_of[path], tally):
+    with (new / SPOOL).open("wb") as spool, (new / SIGNATURES).open("wb") as signatures:
+        with (new / REJECTED).open("wb") as rejected:
+            for path in splits.reading_order(list(source_of), given):
+                bound = bounds[source_of[path].paths]
                 name = str(path)
-                tally.rows[name] += 1
-                if record.content is None:
-                    reject(record, outputs[REJECTED], tally)
-                    continue
-                digest = record.digest
-                if bound and digest > bound:
-                    tally.left_out[name] += 1
-                    continue
-                if digest in seen:
-                    tally.duplicates[name] += 1
-                    continue
-                seen.add(digest)
-                question = splits.question_hash(record.content, data.split_seed)
-                split = given.get(path) or questions.get(question) or splits.split_of(question, val, test)
-                if given:
-                    tally.straddling += questions.setdefault(question, split) != split
-                row = {"id": digest.hex(), **record.content, "source": {"file": name, "line": record.raw.line}}
-                outputs[split].write(files.json_line(row))
-                tally.kept[name] += 1
-                tally.splits[split] += 1
-    return tally
+                rows.names.append(name)
+                own = stages.SPLITS.index(given[path]) if path in given else grouping.NOT_GIVEN
+                for record in records_of(path, source_of[path], tally):
+                    tally.rows[name] += 1
+                    if record.content is None:
+                        reject(record, rejected, tally)
+                        continue
+                    digest = record.digest
+                    if bound and digest > bound:
+                        tally.left_out[name] += 1
+                        continue
+                    if digest in seen:
+                        tally.duplicates[name] += 1
+                        continue
+                    seen.add(digest)
+                    source = {"file": name, "line": record.raw.line}
+                    line = files.json_line({"id": digest.hex(), **record.content, "source": source})
+                    spool.write(line)
+                    if data.near_duplicates != "off":
+                        signatures.write(
+                            near.signature(
+                                record.content.get("messages") or [{"role": "user", "content": record.content["text"]}]
+                            )
+                        )
+                    question = splits.question_hash(record.content, data.split_seed)
+                    group = splits.group_hash(record.group, data.split_seed)
+                    rows.add(question, group, len(line), record.raw.line, own)
+    return rows
 
 
-@contextlib.contextmanager
-def open_outputs(new: Path) -> Iterator[dict[str, IO[bytes]]]:
+def place(rows: grouping.Rows, given: dict[Path, str], data: "DataSection", new: Path) -> grouping.Placement:
+    """Decide the split of every row that was read."""
+    free = [split for split in stages.SPLITS if split not in given.values()]
+    signatures = near.load(new / SIGNATURES) if data.near_duplicates != "off" and len(rows) else None
+    return grouping.place_rows(
+        rows,
+        signatures,
+        mode=data.near_duplicates,
+        threshold=data.near_threshold,
+        val_fraction=data.val_fraction * ("val" in free),
+        test_fraction=data.test_fraction * ("test" in free),
+    )
+
+
+def write_splits(rows: grouping.Rows, placed: grouping.Placement, new: Path, tally: Tally) -> None:
+    """Pass 2: copy each line of the spool to its split, and count what is not written."""
     with contextlib.ExitStack() as stack:
-        names = {split: f"{split}.jsonl" for split in stages.SPLITS} | {REJECTED: REJECTED}
-        yield {key: stack.enter_context((new / name).open("wb")) for key, name in names.items()}
+        outputs = [stack.enter_context((new / f"{split}.jsonl").open("wb")) for split in stages.SPLITS]
+        rejected = stack.enter_context((new / REJECTED).open("ab"))
+        spool = stack.enter_context((new / SPOOL).open("rb"))
+        for row, code in enumerate(placed.codes):
+            line, name = spool.read(rows.lengths[row]), rows.names[rows.files[row]]
+            if code == grouping.NEAR_DUPLICATE:
+                tally.duplicates[name] += 1
+            elif code == grouping.BRIDGE:
+                reason, one, two = placed.bridges[row]
+                detail = " and ".join(f"{stages.SPLITS[placed.codes[at]]}: {rows.place(at)}" for at in (one, two))
+                reject_bridge(json.loads(line), reason, detail, rejected, tally)
+            else:
+                outputs[code].write(line)
+                tally.kept[name] += 1
+                tally.splits[stages.SPLITS[code]] += 1
+    (new / SPOOL).unlink()
+    (new / SIGNATURES).unlink()
 
 
 def records_of(path: Path, source: sources.Source, tally: Tally) -> Iterator[records.Record]:
@@ -157,7 +204,7 @@ def fill_train(tally: Tally, given: dict[Path, str], new: Path) -> None:
     console.warn(f"the split by hash left no train rows; the {tally.splits['train']} rows of {largest} are train now")
 
 
-def report(tally: Tally, manifest: dict[str, Any], where: Path) -> None:
+def report(tally: Tally, placed: grouping.Placement, manifest: dict[str, Any], where: Path) -> None:
     header: tuple[str, ...] = ("file", "shape", "rows in", "= out", "+ rejected", "+ duplicates")
     counters: tuple[Counter[str], ...] = (tally.rows, tally.kept, tally.rejected, tally.duplicates)
     if tally.left_out.total():
@@ -166,8 +213,20 @@ def report(tally: Tally, manifest: dict[str, Any], where: Path) -> None:
     if len(table) > 1:
         table.append(("all files", "", *(f"{counter.total():,}" for counter in counters)))
     console.table("process", header, table, left=2)
-    if tally.straddling:
-        console.warn(f"{tally.straddling:,} rows share their question with another of the given splits; kept as given")
+    if placed.same_question:
+        console.warn(
+            f"{placed.same_question:,} rows share their question with another of the given splits; kept as given"
+        )
+    if placed.near_straddling:
+        console.warn(
+            f"{placed.near_straddling:,} rows are nearly the same as a row of another of the given splits; kept as given "
+            "(data.near_duplicates=remove leaves them out)"
+        )
+    if placed.largest_near > max(20, len(placed.codes) // 5):
+        console.warn(
+            f"{placed.largest_near:,} of {len(placed.codes):,} rows are nearly the same as one row, so they lie in one split; "
+            "if they only share a long prompt, set data.near_duplicates=off"
+        )
     if not manifest["splits"]["val"]:
         console.warn("no val rows: no evaluation during training, no best checkpoint, no early stopping")
     if not manifest["splits"]["test"]:
@@ -176,6 +235,9 @@ def report(tally: Tally, manifest: dict[str, Any], where: Path) -> None:
         ("splits", "  ".join(f"{split} {count:,}" for split, count in manifest["splits"].items())),
         ("rows lie in", where),
     ]
+    if placed.near_rows:
+        what = "kept, each in the split of the earlier one" if not placed.removed else "left out"
+        pairs.append(("near duplicates", f"{placed.near_rows:,} rows ({what})"))
     if tally.rejected.total():
         reason, count = tally.reasons.most_common(1)[0]
         pairs.append(("rejected", f"{where / REJECTED} (mostly: {reason}, {count:,} ×)"))

@@ -23,6 +23,7 @@ _QUESTIONS = ("prompt", "question", "user", "query", "input", "human", "problem"
 _ANSWERS = ("completion", "answer", "assistant", "response", "output", "solution", "target", "reply")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
+_GROUPS = ("conversation_id", "conv_id", "dialogue_id", "session_id", "group_id")
 DIGEST_BYTES = 12
 _PEEK = 100  # rows looked at to find a file's shape
 KNOWN_SHAPES = (
@@ -42,13 +43,15 @@ class Shape:
     answer: str = ""
     systems: tuple[str, ...] = _SYSTEMS
     tools: str = "tools"
+    groups: tuple[str, ...] = _GROUPS
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """A row after reading: ``content`` ({"messages", "tools"?}), or None with the reason it was rejected for.
 
-    ``encoded`` is the content as JSON in UTF-8: what its id is the hash of.
+    ``encoded`` is the content as JSON in UTF-8: what its id is the hash of. ``group`` names the conversation that the
+    row is a part of, or is empty; it is no part of the content.
     """
 
     raw: RawRow
@@ -56,6 +59,7 @@ class Record:
     encoded: bytes = b""
     reason: str = ""
     detail: str = ""
+    group: str = ""
 
     @property
     def digest(self) -> bytes:
@@ -76,7 +80,7 @@ class FileRecords:
 def open_file(path: Path, wanted: str = "auto", columns: Mapping[Any, str] | None = None) -> FileRecords:
     """Find the shape of a file (or check ``wanted``) and return its records.
 
-    ``columns`` gives a file's own names: user, assistant, system, messages or tools → column. Raises ``UserError``
+    ``columns`` gives a file's own names: user, assistant, system, messages, tools or group → column. Raises ``UserError``
     naming the columns found when one of these is missing, or when rows can be read but none has a known shape.
     """
     own = {meaning: name.strip().lower() for meaning, name in (columns or {}).items()}
@@ -109,7 +113,8 @@ def _record(row: RawRow, shape: Shape | None, left_out: dict[str, int]) -> Recor
         if not isinstance(row.value, dict) or shape is None:
             raise Unusable("the row is not an object with columns", f"it is {kind_of(row.value)}")
         content = to_content(row.value, shape, left_out)
-        return Record(row, content, json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+        encoded = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        return Record(row, content, encoded, group=_group(row.value, shape))
     except Unusable as problem:
         return Record(row, reason=problem.reason, detail=problem.detail)
     except UnicodeEncodeError as problem:
@@ -119,6 +124,13 @@ def _record(row: RawRow, shape: Shape | None, left_out: dict[str, int]) -> Recor
         return Record(row, reason="nested too deeply to be a training row")
     except ValueError as problem:
         return Record(row, reason="a number that JSON cannot hold", detail=str(problem))
+
+
+def _group(row: dict[str, Any], shape: Shape) -> str:
+    """The id of the row's conversation, from the first of these columns that says one."""
+    columns = _columns(row)
+    value = next((columns[name] for name in shape.groups if not is_blank(columns.get(name))), "")
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +145,7 @@ def detect(row: dict[str, Any], wanted: str = "auto", own: Mapping[str, str] | N
         return _text_shape(own["text"]) if own["text"] in columns and wanted in ("auto", "text") else None
     extra: dict[str, Any] = {"systems": (own["system"],)} if "system" in own else {}
     extra |= {"tools": own["tools"]} if "tools" in own else {}
+    extra |= {"groups": (own["group"],)} if "group" in own else {}
     if wanted in ("auto", "messages", "sharegpt") and not {"user", "assistant"} & own.keys():
         for name in (own["messages"],) if "messages" in own else _TURNS:
             turn = columns[name][0] if isinstance(columns.get(name), list) and columns[name] else None
@@ -163,7 +176,7 @@ def _text_shape(name: str) -> Shape:
 def to_content(row: dict[str, Any], shape: Shape, left_out: dict[str, int]) -> dict[str, Any]:
     """Return {"messages", "tools"?} of a row, or {"text"}; raises ``Unusable``. Counts columns without a use in ``left_out``."""
     columns = _columns(row)
-    used = {shape.turns, shape.question, shape.answer, *shape.systems, shape.tools, "history"}
+    used = {shape.turns, shape.question, shape.answer, *shape.systems, *shape.groups, shape.tools, "history"}
     if shape.kind == "text":
         _count_unused(columns, {shape.answer}, left_out)
         return {"text": filled_text(columns.get(shape.answer), f'"{shape.answer}"')}

@@ -15,7 +15,7 @@ Strategy = Annotated[
 ]
 Switch = Literal["auto"] | bool
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "pairs", "text"]
-Meaning = Literal["user", "assistant", "system", "messages", "tools", "text"]
+Meaning = Literal["user", "assistant", "system", "messages", "tools", "text", "group"]
 
 
 class Section(BaseModel):
@@ -52,6 +52,8 @@ class DataSection(Section):
     test_fraction: Fraction = 0.1
     split_seed: int = 0
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.05
+    near_duplicates: Literal["report", "remove", "off"] = "report"
+    near_threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
 
 
 class StyleSection(Section):

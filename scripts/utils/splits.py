@@ -1,7 +1,7 @@
 """Which split a row belongs to: by the name of its file where the files say so, else by the hash of its question.
 
-The question is the conversation before the last assistant turn. Its hash alone decides, so the same question never
-straddles splits, and adding rows moves no old row.
+The question is the conversation before the last assistant turn. Its hash (or that of the conversation's id) decides,
+unless an earlier row that it belongs with has been placed already (grouping.py), so adding rows moves no old row.
 """
 
 import hashlib
@@ -39,6 +39,13 @@ def question_hash(content: dict[str, Any], seed: int) -> bytes:
     asked = content["messages"][:-1] if "messages" in content else content["text"]
     text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(f"{seed}:{text}".encode()).digest()[:16]
+
+
+def group_hash(group: str, seed: int) -> bytes:
+    """16 bytes that depend on ``seed`` and the id of a conversation; zeros where it is empty."""
+    if not group:
+        return bytes(16)
+    return hashlib.sha256(f"{seed}:conversation:{group}".encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def split_of(question: bytes, val_fraction: float, test_fraction: float) -> str:

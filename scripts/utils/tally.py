@@ -27,7 +27,7 @@ class Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
-    straddling: int = 0  # rows of given train (or val) files whose question, not whose answer, stands in a later split
+    bridging: int = 0  # of the rejected: those that belong with rows of two splits, a fault of no row
 
     def check(self) -> None:
         """Rows in = out + rejected + duplicates + left out, for each file; anything else is a bug."""
@@ -41,14 +41,24 @@ class Tally:
 def reject(record: Record, output: IO[bytes], tally: Tally) -> None:
     """Write the row with its place and reason, and count it."""
     raw = record.raw
-    tally.rejected[raw.file] += 1
-    tally.reasons[record.reason] += 1
-    place = f"{raw.file}:{raw.line}"
-    tally.examples.setdefault(record.reason, f"{place} ({record.detail})" if record.detail else place)
-    why = f"{record.reason} ({record.detail})" if record.detail else record.reason
-    row: dict[str, Any] = {"file": raw.file, "line": raw.line, "reason": why}
+    _reject(raw.file, raw.line, record.reason, record.detail, raw.text or raw.value, output, tally)
+
+
+def reject_bridge(row: dict[str, Any], reason: str, detail: str, output: IO[bytes], tally: Tally) -> None:
+    """Reject a finished row that belongs with rows of two splits."""
+    source = row.pop("source")
+    _reject(source["file"], source["line"], reason, detail, row, output, tally)
+    tally.bridging += 1
+
+
+def _reject(file: str, at: int, reason: str, detail: str, value: Any, output: IO[bytes], tally: Tally) -> None:
+    tally.rejected[file] += 1
+    tally.reasons[reason] += 1
+    place = f"{file}:{at}"
+    tally.examples.setdefault(reason, f"{place} ({detail})" if detail else place)
+    row = {"file": file, "line": at, "reason": f"{reason} ({detail})" if detail else reason}
     try:
-        line = files.json_line(row | {"row": raw.text or raw.value})
+        line = files.json_line(row | {"row": value})
     except RecursionError:
         line = files.json_line(row | {"row": None})
     output.write(line)
@@ -56,7 +66,8 @@ def reject(record: Record, output: IO[bytes], tally: Tally) -> None:
 
 def refuse_bad_data(tally: Tally, max_rejected: float) -> None:
     """Raise ``UserError`` when more rows were rejected than allowed, or when none is left."""
-    rows, rejected, kept = tally.rows.total(), tally.rejected.total(), tally.kept.total()
+    rows, kept = tally.rows.total(), tally.kept.total()
+    rejected = tally.rejected.total() - tally.bridging
     share = rejected / rows
     if kept and share <= max_rejected:
         return

@@ -1,0 +1,188 @@
+"""Which rows belong together, and so into one split: the same question, the same conversation, nearly the same text.
+
+Rows are placed in reading order: each takes the split of the earlier rows that it belongs with, or, without one, the
+split that its hash says. So rows that are added at the end move no old row. A row that belongs with rows of two splits
+goes into neither: on either side it would carry what is held out into what is trained on.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from scripts.utils import near, splits
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "test")
+NEAR_DUPLICATE, BRIDGE = 3, 4  # codes beside those of the splits, 0 to 2: left out, and why
+NOT_GIVEN = -1
+_BUCKET_ROWS = (
+    1000  # different rows of one bucket that a row is compared with; bounds the time where all rows are alike
+)
+EXAMPLES = 20
+Mode = Literal["report", "remove", "off"]
+
+
+@dataclass
+class Rows:
+    """What is remembered of each row that was read, about 45 bytes: hashes, its place, the length of its line."""
+
+    questions: "array[int]" = field(default_factory=lambda: array("Q"))
+    groups: "array[int]" = field(default_factory=lambda: array("Q"))  # of the conversation id; 0: it has none
+    lengths: "array[int]" = field(default_factory=lambda: array("Q"))  # bytes
+    lines: "array[int]" = field(default_factory=lambda: array("Q"))
+    files: "array[int]" = field(default_factory=lambda: array("I"))  # numbers into names
+    given: "array[int]" = field(default_factory=lambda: array("b"))  # the split that its file says; -1: none
+    names: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def add(self, question: bytes, group: bytes, length: int, line: int, given: int) -> None:
+        """Append a row of the file named last."""
+        self.questions.append(int.from_bytes(question[:8]))
+        self.groups.append(int.from_bytes(group[:8]))
+        self.lengths.append(length)
+        self.lines.append(line)
+        self.files.append(len(self.names) - 1)
+        self.given.append(given)
+
+    def place(self, row: int) -> str:
+        return f"{self.names[self.files[row]]}:{self.lines[row]}"
+
+
+@dataclass
+class Placement:
+    """``codes``: the split of each row (0 to 2, as SPLITS), NEAR_DUPLICATE or BRIDGE; and what was seen on the way."""
+
+    codes: bytearray
+    near_rows: int = 0  # rows that are nearly the same as an earlier one
+    near_pairs: list[tuple[int, int, float]] = field(
+        default_factory=list
+    )  # row, earlier row, similarity; the first few
+    bridges: dict[int, tuple[str, int, int]] = field(
+        default_factory=dict
+    )  # row: reason, a row of one split, of another
+    same_question: int = 0  # rows of given files that share a question or conversation with another split
+    removed: bool = False  # whether near duplicates were left out
+    largest_near: int = 0  # rows that are nearly the same as one and the same row
+    near_straddling: int = 0  # rows of given files that are nearly the same as one of another split
+
+
+def place_rows(
+    rows: Rows,
+    signatures: "NDArray[np.uint32] | None",
+    *,
+    mode: Mode,
+    threshold: float,
+    val_fraction: float,
+    test_fraction: float,
+) -> Placement:
+    """Place every row, in order. ``signatures`` is uint32 [rows, PERMUTATIONS], or None where near ones do not count."""
+    placed = Placement(bytearray(len(rows)), removed=mode == "remove")
+    near_counts: Counter[int] = Counter()
+    search = NearSearch(signatures, threshold) if signatures is not None and mode != "off" else None
+    known = (
+        ("question", rows.questions, _repeated(rows.questions)),
+        ("conversation", rows.groups, _repeated(rows.groups)),
+    )
+    seen: dict[str, dict[int, dict[int, int]]] = {name: {} for name, _, _ in known}  # key: split: its first row
+    for row in range(len(rows)):
+        alike = list(search.earlier(row)) if search else []
+        if alike:
+            placed.near_rows += 1
+            near_counts[alike[0][0]] += 1
+            if len(placed.near_pairs) < EXAMPLES:
+                placed.near_pairs.append((row, *alike[0]))
+            if mode == "remove":
+                placed.codes[row] = NEAR_DUPLICATE
+                continue
+        exact: dict[int, int] = {}  # split: the first row in it that this one belongs with
+        for name, keys, repeated in known:
+            if repeated[row]:
+                for code, first in seen[name].get(keys[row], {}).items():
+                    exact[code] = min(first, exact.get(code, first))
+        linked = dict(exact)
+        for other, _ in alike:
+            linked.setdefault(placed.codes[other], other)
+        if (own := rows.given[row]) != NOT_GIVEN:
+            code = own
+            placed.same_question += bool(exact.keys() - {own})
+            placed.near_straddling += bool(linked.keys() - {own}) and not exact.keys() - {own}
+        elif len(linked) > 1:
+            one, two = sorted(linked.values())[:2]
+            reason = "nearly the same as rows of two splits"
+            if len(exact) > 1:
+                reason = "shares its question or conversation with rows of two splits"
+            placed.codes[row], placed.bridges[row] = BRIDGE, (reason, one, two)
+            continue
+        elif linked:
+            code = next(iter(linked))
+        else:
+            key = rows.groups[row] or rows.questions[row]
+            code = SPLITS.index(splits.split_of(key.to_bytes(8), val_fraction, test_fraction))
+        placed.codes[row] = code
+        for name, keys, repeated in known:
+            if repeated[row]:
+                seen[name].setdefault(keys[row], {}).setdefault(code, row)
+        # of rows with one signature in one split, the first stands for all
+        if search and not any(like == 1 and placed.codes[other] == code for other, like in alike):
+            search.add(row)
+    placed.largest_near = max(near_counts.values(), default=0)
+    return placed
+
+
+def _repeated(keys: "array[int]") -> "NDArray[np.bool_]":
+    """bool [rows]: whether the key (not 0) occurs more than once; only these need a place in a dict."""
+    import numpy as np
+
+    values = np.frombuffer(keys, dtype=np.uint64) if len(keys) else np.zeros(0, dtype=np.uint64)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts[inverse] > 1) & (values != 0)
+
+
+class NearSearch:
+    """The rows added so far, by the buckets that they share with others."""
+
+    def __init__(self, signatures: "NDArray[np.uint32]", threshold: float) -> None:
+        self._signatures, self._threshold = signatures, threshold
+        self._buckets = near.find_buckets(signatures)
+        self._rows: dict[int, list[int]] = {}
+
+    def _shared(self, row: int) -> list[int]:
+        return [int(bucket) for bucket in self._buckets[row] if bucket >= 0]
+
+    def earlier(self, row: int) -> Iterator[tuple[int, float]]:
+        """Added rows nearly the same as ``row``, the earliest first, each with the estimated Jaccard similarity."""
+        others = sorted({other for bucket in self._shared(row) for other in self._rows.get(bucket, ())})
+        if others:
+            alike = (self._signatures[others] == self._signatures[row]).mean(axis=1)
+            for other, similarity in zip(others, alike, strict=True):
+                if similarity >= self._threshold:
+                    yield other, float(similarity)
+
+    def add(self, row: int) -> None:
+        for bucket in self._shared(row):
+            rows = self._rows.setdefault(bucket, [])
+            if len(rows) < _BUCKET_ROWS:
+                rows.append(row)
+
+
+def overlaps(rows: Rows, codes: bytes) -> dict[str, int]:
+    """Questions and conversations that stand in two splits, counted anew from the result, for each pair of splits."""
+    import numpy as np
+
+    place = np.frombuffer(codes, dtype=np.uint8)
+    found = {}
+    for one, two in ((0, 1), (0, 2), (1, 2)):
+        shared = 0
+        for column in (rows.questions, rows.groups):
+            keys = np.frombuffer(column, dtype=np.uint64) if len(column) else np.zeros(0, dtype=np.uint64)
+            both = np.intersect1d(keys[place == one], keys[place == two])
+            shared += int((both != 0).sum())
+        found[f"{SPLITS[one]} and {SPLITS[two]}"] = shared
+    return found
