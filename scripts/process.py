@@ -12,14 +12,26 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, grouping, near, records, sources, splits, stages
+from scripts.utils import (
+    command,
+    console,
+    data_report,
+    files,
+    grouping,
+    model_store,
+    near,
+    records,
+    sources,
+    splits,
+    stages,
+)
 from scripts.utils.config import data_name
 from scripts.utils.errors import RefusedError, UserError
 from scripts.utils.tally import REJECTED, Tally, refuse_bad_data, reject, reject_bridge
@@ -73,10 +85,16 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
         tally = Tally()
         rows = read_all(found, given, data, new, tally)
         placed = place(rows, given, data, new)
-        write_splits(rows, placed, new, tally)
+        tokenizer = model_store.present(config.model.name, config.model.revision)
+        survey = data_report.Collector(rows, placed, tally.doubles, tokenizer)
+        write_splits(rows, placed, new, tally, survey)
         tally.check()
         refuse_bad_data(tally, data.max_rejected)
-        fill_train(tally, given, new)
+        fill_train(tally, placed, given, new)
+        finished = survey.finish(tally, spool_reader(rows, new), config.render.max_length, config.model.name)
+        data_report.write(new, finished, f"{data_name(config)}: what process made")
+        (new / SPOOL).unlink()
+        (new / SIGNATURES).unlink()
         manifest = stages.write_manifest(
             new,
             "process",
@@ -91,7 +109,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
             splits={split: tally.splits[split] for split in stages.SPLITS},
             shapes=tally.shapes,
         )
-    report(tally, placed, manifest, where)
+    report(tally, placed, survey.suspicious_rows, manifest, where)
     return 0
 
 
@@ -121,17 +139,15 @@ def read_all(
                         continue
                     if digest in seen:
                         tally.duplicates[name] += 1
+                        if len(tally.doubles) < data_report.EXAMPLES:
+                            tally.doubles.setdefault(digest.hex(), f"{name}:{record.raw.line}")
                         continue
                     seen.add(digest)
                     source = {"file": name, "line": record.raw.line}
                     line = files.json_line({"id": digest.hex(), **record.content, "source": source})
                     spool.write(line)
                     if data.near_duplicates != "off":
-                        signatures.write(
-                            near.signature(
-                                record.content.get("messages") or [{"role": "user", "content": record.content["text"]}]
-                            )
-                        )
+                        signatures.write(near.signature(near.messages_of(record.content)))
                     question = splits.question_hash(record.content, data.split_seed)
                     group = splits.group_hash(record.group, data.split_seed)
                     rows.add(question, group, len(line), record.raw.line, own)
@@ -152,7 +168,9 @@ def place(rows: grouping.Rows, given: dict[Path, str], data: "DataSection", new:
     )
 
 
-def write_splits(rows: grouping.Rows, placed: grouping.Placement, new: Path, tally: Tally) -> None:
+def write_splits(
+    rows: grouping.Rows, placed: grouping.Placement, new: Path, tally: Tally, survey: data_report.Collector
+) -> None:
     """Pass 2: copy each line of the spool to its split, and count what is not written."""
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context((new / f"{split}.jsonl").open("wb")) for split in stages.SPLITS]
@@ -168,10 +186,20 @@ def write_splits(rows: grouping.Rows, placed: grouping.Placement, new: Path, tal
                 reject_bridge(json.loads(line), reason, detail, rejected, tally)
             else:
                 outputs[code].write(line)
+                survey.add(row, json.loads(line))
                 tally.kept[name] += 1
                 tally.splits[stages.SPLITS[code]] += 1
-    (new / SPOOL).unlink()
-    (new / SIGNATURES).unlink()
+
+
+def spool_reader(rows: grouping.Rows, new: Path) -> Callable[[int], dict[str, Any]]:
+    """Return what reads a row again, by its number."""
+
+    def read_row(row: int) -> dict[str, Any]:
+        with (new / SPOOL).open("rb") as spool:
+            spool.seek(sum(rows.lengths[:row]))
+            return json.loads(spool.readline())
+
+    return read_row
 
 
 def records_of(path: Path, source: sources.Source, tally: Tally) -> Iterator[records.Record]:
@@ -190,7 +218,7 @@ def records_of(path: Path, source: sources.Source, tally: Tally) -> Iterator[rec
         console.warn(f"{path}: columns left out: {names}")
 
 
-def fill_train(tally: Tally, given: dict[Path, str], new: Path) -> None:
+def fill_train(tally: Tally, placed: grouping.Placement, given: dict[Path, str], new: Path) -> None:
     """With few rows the hash may leave train empty: then the largest other split becomes train."""
     if tally.splits["train"]:
         return
@@ -201,10 +229,11 @@ def fill_train(tally: Tally, given: dict[Path, str], new: Path) -> None:
     (new / f"{largest}.jsonl").replace(new / "train.jsonl")
     (new / f"{largest}.jsonl").touch()
     tally.splits["train"], tally.splits[largest] = tally.splits[largest], 0
+    placed.codes = placed.codes.translate(bytes.maketrans(bytes([stages.SPLITS.index(largest)]), b"\0"))
     console.warn(f"the split by hash left no train rows; the {tally.splits['train']} rows of {largest} are train now")
 
 
-def report(tally: Tally, placed: grouping.Placement, manifest: dict[str, Any], where: Path) -> None:
+def report(tally: Tally, placed: grouping.Placement, suspicious: int, manifest: dict[str, Any], where: Path) -> None:
     header: tuple[str, ...] = ("file", "shape", "rows in", "= out", "+ rejected", "+ duplicates")
     counters: tuple[Counter[str], ...] = (tally.rows, tally.kept, tally.rejected, tally.duplicates)
     if tally.left_out.total():
@@ -238,6 +267,9 @@ def report(tally: Tally, placed: grouping.Placement, manifest: dict[str, Any], w
     if placed.near_rows:
         what = "kept, each in the split of the earlier one" if not placed.removed else "left out"
         pairs.append(("near duplicates", f"{placed.near_rows:,} rows ({what})"))
+    if suspicious:
+        pairs.append(("suspicious", f"{suspicious:,} rows to look at; the report names them"))
+    pairs.append(("report", where / "report.html"))
     if tally.rejected.total():
         reason, count = tally.reasons.most_common(1)[0]
         pairs.append(("rejected", f"{where / REJECTED} (mostly: {reason}, {count:,} ×)"))

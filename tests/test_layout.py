@@ -20,11 +20,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = """
 errors schema console environment template_child
 files yaml_text gguf_file unpacked hardware turns template_guard literals lengths spans
-training_state unsloth_probe json_rows splits continued near
+training_state unsloth_probe json_rows splits continued near suspicious report_page
 arrow_rows grouping
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding metrics resume backends
 model_store schedule adapters tally sources unsloth_child shown
+data_report
 rendered training trained generation initial
 callbacks merging evaluation chat_session self_test
 """

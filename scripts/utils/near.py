@@ -22,6 +22,11 @@ _FEW_WORDS = 20  # below: three words would make too few shingles
 _LONG_WORDS = 20  # characters a word on average; above: a script without spaces
 
 
+def messages_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row's messages; a text to continue counts as one answer."""
+    return content.get("messages") or [{"role": "assistant", "content": content["text"]}]
+
+
 def text_of(messages: list[dict[str, Any]]) -> str:
     """What the row itself says. A system message is left out: shared by all rows, it would make all of them alike."""
     parts = []

@@ -26,8 +26,10 @@ class Tally:
     splits: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    doubles: dict[str, str] = field(default_factory=dict)  # a few exact duplicates: id → file:line of the later row
     shapes: dict[str, str] = field(default_factory=dict)
     bridging: int = 0  # of the rejected: those that belong with rows of two splits, a fault of no row
+    bridge_reasons: set[str] = field(default_factory=set)
 
     def check(self) -> None:
         """Rows in = out + rejected + duplicates + left out, for each file; anything else is a bug."""
@@ -49,6 +51,7 @@ def reject_bridge(row: dict[str, Any], reason: str, detail: str, output: IO[byte
     source = row.pop("source")
     _reject(source["file"], source["line"], reason, detail, row, output, tally)
     tally.bridging += 1
+    tally.bridge_reasons.add(reason)
 
 
 def _reject(file: str, at: int, reason: str, detail: str, value: Any, output: IO[bytes], tally: Tally) -> None:
@@ -73,7 +76,8 @@ def refuse_bad_data(tally: Tally, max_rejected: float) -> None:
         return
     if not kept and tally.left_out.total():
         raise UserError("no row is left: data.sources takes none of those that can be used", "take larger shares")
-    top = [f"{count:,} × {reason}, first at {tally.examples[reason]}" for reason, count in tally.reasons.most_common(3)]
+    reasons = [item for item in tally.reasons.most_common() if item[0] not in tally.bridge_reasons][:3]
+    top = [f"{count:,} × {reason}, first at {tally.examples[reason]}" for reason, count in reasons]
     limit = f"more than data.max_rejected allows ({max_rejected:.0%})" if kept else "so none is left"
     enough = math.ceil(share * 100) / 100
     way_on = f'mend these rows, or go on without them: SET="data.max_rejected={enough}" lists each in {REJECTED}'

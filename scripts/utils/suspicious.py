@@ -1,0 +1,42 @@
+"""What looks wrong in a row that can be used all the same: texts a person should look at before training on them."""
+
+import re
+from typing import Any
+
+# leftovers of other templates; the model would learn to write them out
+_CONTROL = re.compile(
+    r"<\|[A-Za-z_][\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|^<s>|</s>\s*$|###\s*(?:Response|Instruction|Input)\s*:",
+    re.IGNORECASE,
+)
+# UTF-8 that was once read as Latin-1 or Windows-1252: é as Ã©, ’ as â€™, a no-break space as Â
+_MOJIBAKE = re.compile("Ã[\u0080-\u00bf]|â€[\u0080-\u00bf\u0152-\u2122]|Â[\u00a0-\u00bf]|ï»¿")
+_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_REFUSAL = re.compile(r"\bas an? (?:AI|artificial intelligence)(?: language)? (?:model|assistant)\b", re.IGNORECASE)
+_REPEATED = 30  # characters of a question from which an answer that begins with it repeats it
+
+
+def find(messages: list[dict[str, Any]]) -> list[str]:
+    """The reasons to look at a row, each a text without this row's particulars."""
+    texts = [message["content"] for message in messages]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    found = []
+    if _repeats(messages):
+        found.append("the answer repeats the question")
+    if any(_CONTROL.search(text) for text in texts):
+        found.append("control tokens or a template's headings in a text")
+    if any("\ufffd" in text for text in texts):
+        found.append("a character was lost (U+FFFD)")
+    if any(_MOJIBAKE.search(text) for text in texts):
+        found.append("wrongly decoded text (such as Ã© for é)")
+    if any(len(_FENCE.findall(text)) % 2 for text in answers):
+        found.append("a code block is opened and not closed")
+    if any(_REFUSAL.search(text) for text in answers):
+        found.append('an answer speaks "as an AI language model"')
+    return found
+
+
+def _repeats(messages: list[dict[str, Any]]) -> bool:
+    """Whether the last answer is, or begins with, the user message before it."""
+    question = next((message["content"] for message in reversed(messages[:-1]) if message["role"] == "user"), "")
+    asked, answered = (" ".join(text.casefold().split()) for text in (question, messages[-1]["content"]))
+    return bool(asked) and (asked == answered or (len(asked) >= _REPEATED and answered.startswith(asked)))
