@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = 10
 TOKEN_ROWS = 20_000  # rows whose tokens are counted at most
+_TOKEN_BYTES = 8_000_000  # of rows, at most: some seconds of work
 _TOKEN_BATCH = 500
 _ANSWERS = 10
 _SHORT = 4  # characters
@@ -47,7 +48,7 @@ class Collector:
         self._tokens = array("Q")
         self._tokenizer = _load(model) if model else None
         kept = sum(code < len(SPLITS) for code in placed.codes)
-        self._every = max(math.ceil(kept / TOKEN_ROWS), 1)
+        self._every = max(math.ceil(kept / TOKEN_ROWS), math.ceil(sum(rows.lengths) / _TOKEN_BYTES), 1)
         self._waiting: list[str] = []
 
     def add(self, row: int, value: dict[str, Any]) -> None:
