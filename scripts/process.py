@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "process",
         "Read raw data (JSON, JSON lines, CSV, TSV, also packed; Parquet, Arrow) into train, val and test rows; what cannot be used is kept aside.",
         ["make process", "make process RAW=data/raw/faq.csv", "python scripts/process.py --raw data/sample --force"],
-        keys=["raw"],
+        keys=["raw", "model"],
     )
     command.add_force(parser)
     return parser
