@@ -24,6 +24,7 @@ training_state unsloth_probe json_rows splits continued near suspicious report_p
 arrow_rows grouping
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding metrics resume backends
+data_hub
 model_store schedule adapters tally sources unsloth_child shown
 data_report
 rendered training trained generation initial

@@ -64,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].strip("/")
         self.requests.append(f"{self.command} /{path}")
-        parts = path.removeprefix("api/models/").split("/")
+        parts = path.removeprefix("api/models/").removeprefix("api/datasets/").removeprefix("datasets/").split("/")
         name = "/".join(parts[:2])
         if name == "org/gated":
             return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})

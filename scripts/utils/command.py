@@ -61,7 +61,7 @@ def new_parser(
     )
     helps = {
         "run": "run name (default: <config>-<data>)",
-        "raw": "raw data: a file or a folder",
+        "raw": "raw data: a file, a folder, a pattern or hub:owner/name",
         "model": "hub id, local folder or embedded/smollm2-135m-instruct",
         "backend": "bitsandbytes or unsloth",
         "split": "train, val or test",

@@ -1,4 +1,4 @@
-"""The model hub: find a model in the user's ordinary cache, or download it into a folder, verified.
+"""The hub: find a model in the user's ordinary cache, or download a model or a data set into a folder, verified.
 
 Everything that knows huggingface_hub is here. The hub's client retries a dead network for about 47 s; here one
 look-up with a time limit comes first, so that a machine without network hears so within seconds.
@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from scripts.utils import model_folder
 from scripts.utils.console import Progress, size
@@ -19,10 +19,12 @@ from scripts.utils.errors import MachineError, RefusedError, SFTError, UserError
 from scripts.utils.files import disk_errors, replaced_folder
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+    from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
 
 T = TypeVar("T")
+Kind = Literal["model", "dataset"]
 
+_WORDS: dict[Kind, str] = {"model": "model", "dataset": "data set"}
 _LOOK_UP_SECONDS = 12  # all of name service, connection and answer
 _TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _KEPT_NAMES = ("LICENSE", "NOTICE", "README.md")
@@ -60,14 +62,48 @@ def download(
     Raises ``MachineError``, ``RefusedError`` (only pickle weights, damaged files) or ``UserError`` (not a model).
     """
     info = _look_up(name, at or revision)
-    commit = str(info.sha)
     wanted = _choose(name, info.siblings or [], tokenizer_only)
+    _download(
+        name,
+        revision,
+        folder,
+        str(info.sha),
+        wanted,
+        log,
+        lambda new: model_folder.check(new, tokenizer_only=tokenizer_only),
+    )
+
+
+def download_data(
+    name: str, revision: str | None, folder: Path, *, wanted: Callable[[str], bool], log: Callable[[str], None]
+) -> None:
+    """Download the files of data set ``name`` whose paths are ``wanted``, as ``download`` does a model."""
+    info = _look_up(name, revision, "dataset")
+    chosen = {file.rfilename: file for file in info.siblings or [] if wanted(file.rfilename)}
+    if not chosen:
+        others = ", ".join(sorted(file.rfilename for file in info.siblings or [])[:10]) or "nothing"
+        raise UserError(
+            f"{name} holds no file of rows on the hub; it holds {others}", "download it yourself and name it"
+        )
+    _download(name, revision, folder, str(info.sha), chosen, log, lambda new: None, "dataset")
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    folder: Path,
+    commit: str,
+    wanted: "dict[str, RepoSibling]",
+    log: Callable[[str], None],
+    check: Callable[[Path], None],
+    kind: Kind = "model",
+) -> None:
     total = sum(file.size or 0 for file in wanted.values())
     partial = folder.with_name(f".{folder.name}.{commit[:12]}.partial")
     model_folder.remove_leftovers(folder, rf"(?!{commit[:12]})[0-9a-f]{{12}}\.partial")  # of older commits
     model_folder.check_space(partial, total - _folder_bytes(partial), name)
     log(f"downloading {name} ({size(total)}, {len(wanted)} files, commit {commit[:12]})")
-    _fetch(name, commit, partial, list(wanted), total)
+    _fetch(name, commit, partial, list(wanted), total, kind)
     shutil.rmtree(partial / ".cache", ignore_errors=True)
     entries = model_folder.write_manifest(partial, name, revision, commit)
     damaged = [file for file in wanted if not _as_published(partial / file, wanted[file], entries.get(file))]
@@ -78,7 +114,7 @@ def download(
             "run the same command again; if it stays so, something on the way alters files",
         )
     try:
-        model_folder.check(partial, tokenizer_only=tokenizer_only)
+        check(partial)
     except SFTError:
         shutil.rmtree(partial)
         raise
@@ -88,23 +124,25 @@ def download(
     log(f"{name} is ready in {folder}")
 
 
-def _look_up(name: str, revision: str | None) -> "ModelInfo":
+def _look_up(name: str, revision: str | None, kind: Kind = "model") -> "ModelInfo | DatasetInfo":
     """Ask the hub which commit and files ``name`` has; every refusal becomes a message for the user."""
     if any(
         os.environ.get(flag, "").upper() in ("1", "ON", "YES", "TRUE")
         for flag in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     ):
-        raise _unreachable(name, "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
+        raise _unreachable(name, "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set", kind)
     import httpx
     from huggingface_hub import HfApi
 
     try:
         return _within(
             _LOOK_UP_SECONDS,
-            lambda: HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_LOOK_UP_SECONDS),
+            lambda: HfApi().repo_info(  # type: ignore[arg-type,return-value]
+                name, repo_type=kind, revision=revision, files_metadata=True, timeout=_LOOK_UP_SECONDS
+            ),
         )
     except (httpx.HTTPError, OSError, ValueError) as error:
-        raise _explained(name, revision, error) from error
+        raise _explained(name, revision, error, kind) from error
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -128,31 +166,33 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return results[0]
 
 
-def _explained(name: str, revision: str | None, error: Exception) -> MachineError:
+def _explained(name: str, revision: str | None, error: Exception, kind: Kind = "model") -> MachineError:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
         return MachineError(
             f"{name} cannot be fetched: it is gated, and this machine has no access",
-            "accept its licence on the model's page, then put HF_TOKEN=… into .env",
+            "accept its licence on its page, then put HF_TOKEN=… into .env",
         )
     if isinstance(error, RevisionNotFoundError):
-        return MachineError(
-            f"{name} has no revision {revision!r} on the hub", "see the model's page for its branches and tags"
-        )
+        return MachineError(f"{name} has no revision {revision!r} on the hub", "see its page for its branches and tags")
     if isinstance(error, RepositoryNotFoundError):
         return MachineError(
-            f"{name} cannot be fetched: the hub has no such model, or it is private (and there is no folder {Path(name).absolute()})",
-            "check the spelling; for a private model put HF_TOKEN=… into .env",
+            f"{name} cannot be fetched: the hub has no such {_WORDS[kind]}, or it is private (and there is no folder {Path(name).absolute()})",
+            "check the spelling; for a private one put HF_TOKEN=… into .env",
         )
     if isinstance(error, HfHubHTTPError):
-        return _unreachable(name, f"the hub answered {error.response.status_code}")
-    return _unreachable(
-        name, f"no network to the hub ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    )
+        return _unreachable(name, f"the hub answered {error.response.status_code}", kind)
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return _unreachable(name, f"no network to the hub ({why})", kind)
 
 
-def _unreachable(name: str, why: str) -> MachineError:
+def _unreachable(name: str, why: str, kind: Kind) -> MachineError:
+    if kind == "dataset":
+        return MachineError(
+            f"{name} cannot be fetched: {why}",
+            f"run `make process RAW=hub:{name}` on a machine with network and copy its .cache/data here, or name a local file",
+        )
     return MachineError(
         f"{name} cannot be fetched: {why} (and there is no folder {Path(name).absolute()})",
         f"run `make download-model MODEL={name}` on a machine with network and copy its .cache/models here, "
@@ -186,20 +226,22 @@ def _choose(name: str, files: "list[RepoSibling]", tokenizer_only: bool) -> "dic
     return chosen
 
 
-def _fetch(name: str, commit: str, folder: Path, files: list[str], total: int) -> None:
+def _fetch(name: str, commit: str, folder: Path, files: list[str], total: int, kind: Kind) -> None:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # ours also works where there is no terminal
     done = threading.Event()
-    watcher = threading.Thread(target=_show_progress, args=(folder, total, done), daemon=True)
+    watcher = threading.Thread(target=_show_progress, args=(folder, total, done, kind), daemon=True)
     watcher.start()
     try:
         with disk_errors(folder, total):
-            snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=files, max_workers=4)
+            snapshot_download(
+                name, repo_type=kind, revision=commit, local_dir=folder, allow_patterns=files, max_workers=4
+            )
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
-        problem = _explained(name, commit, error)
+        problem = _explained(name, commit, error, kind)
         raise MachineError(
             problem.message, f"{problem.hint}; what came so far is kept, the same command goes on"
         ) from error
@@ -208,9 +250,9 @@ def _fetch(name: str, commit: str, folder: Path, files: list[str], total: int) -
         watcher.join()
 
 
-def _show_progress(folder: Path, total: int, done: threading.Event) -> None:
+def _show_progress(folder: Path, total: int, done: threading.Event, kind: Kind) -> None:
     mebi = 1024 * 1024
-    progress = Progress("model", "MiB", total // mebi)
+    progress = Progress(_WORDS[kind], "MiB", total // mebi)
     while not done.wait(0.5):
         progress.advance(min(_folder_bytes(folder), total) // mebi - progress.done)
     progress.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import records
+from scripts.utils import data_hub, records
 from scripts.utils.errors import UserError
 from scripts.utils.raw_files import find_files
 
@@ -37,12 +37,12 @@ class Source:
 def find(data: "DataSection") -> tuple[list[Source], list[str]]:
     """The sources that the config names, and warnings of what is passed over. Raises ``UserError`` as find_files."""
     if not data.sources:
-        paths, warnings = find_files(data.raw)
+        paths, warnings = find_files(_local(data.raw))
         return [Source(tuple(paths), data.format, data.columns)], warnings
     found, warnings = [], []
     named: dict[Path, int] = {}
     for number, item in enumerate(data.sources, 1):
-        paths, more = find_files(item.raw)
+        paths, more = find_files(_local(item.raw))
         warnings += more
         for path in paths:
             if (first := named.setdefault(path.resolve(), number)) != number:
@@ -51,6 +51,11 @@ def find(data: "DataSection") -> tuple[list[Source], list[str]]:
         columns = data.columns if item.columns is None else item.columns
         found.append(Source(tuple(paths), item.format or data.format, columns, item.weight, item.limit))
     return found, warnings
+
+
+def _local(raw: str | list[str]) -> str | list[str]:
+    """What is on the hub as what is on this disk."""
+    return data_hub.local(raw) if isinstance(raw, str) else [data_hub.local(name) for name in raw]
 
 
 def bound(source: Source) -> bytes | None:

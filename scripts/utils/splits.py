@@ -6,6 +6,7 @@ unless an earlier row that it belongs with has been placed already (grouping.py)
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scripts.utils import unpacked
 _NAMES = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",
 }  # fmt: skip
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as the hub names the parts of a split: train-00000-of-00002
 
 
 def given_splits(paths: Sequence[Path]) -> dict[Path, str]:
@@ -23,6 +25,7 @@ def given_splits(paths: Sequence[Path]) -> dict[Path, str]:
     Empty unless one file is val or test and another can be trained on: a lone ``train.jsonl`` is split by hash.
     """
     stems = {path: unpacked.inner(path).stem.lower() for path in paths}
+    stems = {path: _SHARD.sub("", stem) for path, stem in stems.items()}
     named = {path: _NAMES[stem] for path, stem in stems.items() if stem in _NAMES}
     held_out = [path for path, split in named.items() if split != "train"]
     return named if held_out and len(held_out) < len(set(paths)) else {}
