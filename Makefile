@@ -170,7 +170,7 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 ##@ Variables (a value may hold any character)
 #: CONFIG   run config (configs/run_bnb.yaml)          RUN      name of the run (<config>-<data>)
 #: SET      "section.key=value ..." over the config    MODEL    hub id, folder or embedded/smollm2-135m-instruct
-#: RAW      file, folder, "*.jsonl", hub:owner/name      STYLE    system message; it stays until CLEAR=1
+#: RAW      file, folder, "*.jsonl", hub:owner/name    STYLE    system message; it stays until CLEAR=1
 #: STYLE_MODE  replace, prepend, append or only-if-missing
 #: SPLIT    train, val or test                         LIMIT    at most this many rows
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
