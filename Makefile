@@ -176,5 +176,5 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
 #: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
-#: ROW      number, start of an id, or random         IDS      1: list the tokens with their ids
+#: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
 #: KILLS    kills of make torture (200)

@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
 errors schema console environment template_child
+workers
 files yaml_text gguf_file unpacked hardware turns template_guard literals lengths spans
 training_state unsloth_probe json_rows splits continued near suspicious report_page
 arrow_rows grouping
@@ -28,6 +29,7 @@ data_hub
 model_store schedule adapters tally sources unsloth_child shown
 data_report
 rendered training trained generation initial
+rendering
 callbacks merging evaluation chat_session self_test
 """
 

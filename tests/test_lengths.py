@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import process, render
-from scripts.utils import files, stages
+from scripts.utils import files, rendering, stages
 from scripts.utils.chat import TrainOn, choose_template
 from scripts.utils.lengths import TooLong
 from scripts.utils.rendered import encode_row
@@ -27,7 +27,7 @@ def fitted(
 ) -> tuple[list[dict[str, Any]], str]:
     settings = RenderSection.model_validate({"too_long": too_long, "max_length": limit, "train_on": train_on})
     row = {"id": "f00", "messages": messages, "source": SOURCE}
-    return render.render_row(_template(template), smollm2_tokenizer(), row, settings)
+    return rendering.render_row(_template(template), smollm2_tokenizer(), row, settings)
 
 
 @functools.cache

@@ -4,6 +4,8 @@ They are raised where the fault is found and turned into an exit code only by ``
 A message says what is wrong and where; a hint says what to do next.
 """
 
+from typing import Any
+
 
 class SFTError(Exception):
     """Something the user must be told, in one clear message and without a traceback."""
@@ -17,6 +19,10 @@ class SFTError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker's error comes to its parent whole; Exception's own way would drop the hint."""
+        return type(self), (self.message, self.hint), {"exit_code": self.exit_code}
 
 
 class UserError(SFTError):
