@@ -225,3 +225,14 @@ def test_a_model_without_a_template_gets_the_plain_one() -> None:
     bare = copy.deepcopy(smollm2_tokenizer())
     bare.chat_template = None
     assert "plain.jinja" in choose_template(bare, "auto").source
+
+
+def test_private_use_letters_in_a_conversation_hide_no_turn() -> None:
+    """The probe that finds a rewritten turn is made of such letters: others than those that the conversation holds."""
+    closed = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    messages = chat("\ue000 and \ue001", "\ue001one\ue000", "r", "\ue000\ue001")
+    done = render_conversation(template(closed), smollm2_tokenizer(), messages)
+    assert [done.text[a:b] for a, b in done.spans] == ["\ue001one\ue000<|im_end|>", "\ue000\ue001<|im_end|>"]

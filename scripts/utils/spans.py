@@ -3,6 +3,7 @@
 ``show(messages, generation_prompt)`` renders; nothing here knows a template's text.
 """
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from scripts.utils.errors import UserError
 Span = tuple[int, int]
 Messages = list[dict[str, Any]]
 Show = Callable[..., str]
-_BEGIN, _END = "\ue000", "\ue001"  # the two letters of a content that is looked for
+_PRIVATE_USE = range(0xE000, 0xF8FF)
 _EMPTY_THOUGHT = re.compile(r"\s*<([\w:]+)>\s*</\1>\s*")
 
 
@@ -34,20 +35,29 @@ def turn_span(show: Show, tokenizer: Any, messages: Messages, turn: int, text: s
         )
     # the template shows this turn differently once more turns follow: change its content and see what moves
     content = str(messages[turn].get("content") or "")
-    changed = show(_with_probe(messages, turn))
-    begin = changed.find(_BEGIN)
-    tail = len(changed) - (changed.find(_END) + 1)
-    end = len(text) - tail
-    if begin < 0 or changed.count(_BEGIN) != 1 or end < begin or text[begin:end] not in content:
+    probe = _probe(messages, text)
+    changed = show(_with_probe(messages, turn, probe))
+    begin = changed.find(probe)
+    end = len(text) - (len(changed) - begin - len(probe))
+    if begin < 0 or changed.count(probe) != 1 or end < begin or text[begin:end] not in content:
         raise UserError("the template does not show where this assistant turn lies", "use another render.template")
-    lead = _lead(show, messages, turn)
+    lead = _lead(show, messages, turn, probe)
     if text.endswith(lead, 0, begin):
         begin -= len(lead)
     return begin, end + _end_token_length(tokenizer, text, end)
 
 
-def _with_probe(messages: Messages, turn: int) -> Messages:
-    return [*messages[:turn], {**messages[turn], "content": _BEGIN + _END}, *messages[turn + 1 :]]
+def _probe(messages: Messages, text: str) -> str:
+    """A content to look for: two letters that stand nowhere in the conversation."""
+    whole = {*text, *json.dumps(messages, ensure_ascii=False, default=str)}
+    letters = [letter for code in _PRIVATE_USE if (letter := chr(code)) not in whole][:2]
+    if len(letters) < 2:
+        raise UserError("the conversation holds every private-use character", "take some of them out")
+    return "".join(letters)
+
+
+def _with_probe(messages: Messages, turn: int, probe: str) -> Messages:
+    return [*messages[:turn], {**messages[turn], "content": probe}, *messages[turn + 1 :]]
 
 
 def _end_as_last(show: Show, messages: Messages, turn: int, text: str, start: int) -> int | None:
@@ -82,12 +92,12 @@ def _end_of_last(show: Show, tokenizer: Any, messages: Messages, text: str, star
     return len(text)
 
 
-def _lead(show: Show, messages: Messages, turn: int) -> str:
+def _lead(show: Show, messages: Messages, turn: int, probe: str) -> str:
     """What the model itself writes before the content of its answer, such as a space."""
-    prompt, probed = show(messages[:turn], generation_prompt=True), show(_with_probe(messages[: turn + 1], turn))
-    if not probed.startswith(prompt) or _BEGIN not in probed:
+    prompt, probed = show(messages[:turn], generation_prompt=True), show(_with_probe(messages[: turn + 1], turn, probe))
+    if not probed.startswith(prompt) or probe not in probed:
         return ""
-    lead = probed[len(prompt) : probed.find(_BEGIN)]
+    lead = probed[len(prompt) : probed.find(probe)]
     return "" if _EMPTY_THOUGHT.fullmatch(lead) else lead
 
 
@@ -97,8 +107,9 @@ def without_empty_thought(show: Show, messages: Messages, turn: int, text: str, 
     own = _EMPTY_THOUGHT.match(str(messages[turn].get("content") or ""))
     if not written or (own and own[1] == written[1]):
         return span
-    changed = show(_with_probe(messages, turn))
-    begin = changed.find(_BEGIN)
+    probe = _probe(messages, text)
+    changed = show(_with_probe(messages, turn, probe))
+    begin = changed.find(probe)
     if begin > span[0] and text.startswith(changed[:begin]) and _EMPTY_THOUGHT.fullmatch(text, span[0], begin):
         return begin, span[1]
     return span
