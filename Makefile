@@ -10,7 +10,7 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS
+unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -37,6 +37,7 @@ export SFT_CLEAR = $(value CLEAR)
 export SFT_KILLS = $(value KILLS)
 export SFT_ROW = $(value ROW)
 export SFT_IDS = $(value IDS)
+export SFT_ROWS = $(value ROWS)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -140,7 +141,7 @@ merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by
 	@$(PY) scripts/merge.py
 
 ##@ Develop
-.PHONY: install-dev test test-fast torture lint format clean clean-all
+.PHONY: install-dev test test-fast torture bench-data lint format clean clean-all
 install-dev: export SFT_EXTRAS = dev $(value EXTRAS)
 install-dev:
 	@env/install.sh
@@ -153,6 +154,11 @@ test-fast: install-dev ## the tests that take about 3 minutes together
 
 torture: install-dev ## kill a run at random and at every crash point of its saves, fill its disk, resume each time   KILLS=200
 	@$(PY) -m tests.torture
+
+bench-data: export SFT_EXTRAS = bench $(value EXTRAS)
+bench-data: ## rows/s and memory of process, style and render beside datasets.map   ROWS=1000,100000
+	@env/install.sh
+	@$(PY) -m benchmarks.data
 
 lint: install-dev ## ruff, mypy, shellcheck
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && \

@@ -9,37 +9,22 @@ line of the spool is copied to its split.
 
 import argparse
 import contextlib
-import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import (
-    command,
-    console,
-    data_report,
-    files,
-    grouping,
-    model_store,
-    near,
-    records,
-    sources,
-    splits,
-    stages,
-)
+from scripts.utils import command, console, data_report, files, grouping, model_store, sources, splits, spool, stages
 from scripts.utils.config import data_name
 from scripts.utils.errors import RefusedError, UserError
-from scripts.utils.tally import REJECTED, Tally, refuse_bad_data, reject, reject_bridge
-
-SPOOL, SIGNATURES = ".spool.jsonl", ".signatures"  # in the new folder, deleted before it lands
+from scripts.utils.tally import REJECTED, Tally, refuse_bad_data
 
 if TYPE_CHECKING:
-    from scripts.utils.schema import Config, DataSection
+    from scripts.utils.schema import Config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,18 +68,17 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     with files.replaced_folder(where, stages.MANIFEST) as new:
         given = splits.given_splits(paths)
         tally = Tally()
-        rows = read_all(found, given, data, new, tally)
-        placed = place(rows, given, data, new)
-        tokenizer = model_store.present(config.model.name, config.model.revision)
-        survey = data_report.Collector(rows, placed, tally.doubles, tokenizer)
-        write_splits(rows, placed, new, tally, survey)
+        rows = spool.read_all(found, given, data, new, tally)
+        placed = spool.place(rows, given, data, new)
+        tokenizer = model_store.present(config.model.name, config.model.revision)  # its folder
+        spool.write_splits(rows, placed, new, tally)
         tally.check()
         refuse_bad_data(tally, data.max_rejected)
         fill_train(tally, placed, given, new)
-        finished = survey.finish(tally, spool_reader(rows, new), config.render.max_length, config.model.name)
-        data_report.write(new, finished, f"{data_name(config)}: what process made")
-        (new / SPOOL).unlink()
-        (new / SIGNATURES).unlink()
+        model = data_report.Model(config.model.name, tokenizer, config.render.max_length)
+        found_out = data_report.survey(rows, placed, tally, spool.row_reader(rows, new), model)
+        data_report.write(new, found_out, f"{data_name(config)}: what process made")
+        spool.remove(new)
         manifest = stages.write_manifest(
             new,
             "process",
@@ -109,113 +93,8 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
             splits={split: tally.splits[split] for split in stages.SPLITS},
             shapes=tally.shapes,
         )
-    report(tally, placed, survey.suspicious_rows, manifest, where)
+    report(tally, placed, found_out["suspicious"]["rows"], manifest, where)
     return 0
-
-
-def read_all(
-    found: Sequence[sources.Source], given: dict[Path, str], data: "DataSection", new: Path, tally: Tally
-) -> grouping.Rows:
-    """Pass 1: every usable row that is no duplicate, as a finished line in the spool; what the others are, in ``tally``."""
-    rows = grouping.Rows()
-    seen: set[bytes] = set()
-    source_of = {path: source for source in found for path in source.paths}
-    bounds = {source.paths: sources.bound(source) for source in found}
-    with (new / SPOOL).open("wb") as spool, (new / SIGNATURES).open("wb") as signatures:
-        with (new / REJECTED).open("wb") as rejected:
-            for path in splits.reading_order(list(source_of), given):
-                bound = bounds[source_of[path].paths]
-                name = str(path)
-                rows.names.append(name)
-                own = stages.SPLITS.index(given[path]) if path in given else grouping.NOT_GIVEN
-                for record in records_of(path, source_of[path], tally):
-                    tally.rows[name] += 1
-                    if record.content is None:
-                        reject(record, rejected, tally)
-                        continue
-                    digest = record.digest
-                    if bound and digest > bound:
-                        tally.left_out[name] += 1
-                        continue
-                    if digest in seen:
-                        tally.duplicates[name] += 1
-                        if len(tally.doubles) < data_report.EXAMPLES:
-                            tally.doubles.setdefault(digest.hex(), f"{name}:{record.raw.line}")
-                        continue
-                    seen.add(digest)
-                    source = {"file": name, "line": record.raw.line}
-                    line = files.json_line({"id": digest.hex(), **record.content, "source": source})
-                    spool.write(line)
-                    if data.near_duplicates != "off":
-                        signatures.write(near.signature(near.messages_of(record.content)))
-                    question = splits.question_hash(record.content, data.split_seed)
-                    group = splits.group_hash(record.group, data.split_seed)
-                    rows.add(question, group, len(line), record.raw.line, own)
-    return rows
-
-
-def place(rows: grouping.Rows, given: dict[Path, str], data: "DataSection", new: Path) -> grouping.Placement:
-    """Decide the split of every row that was read."""
-    free = [split for split in stages.SPLITS if split not in given.values()]
-    signatures = near.load(new / SIGNATURES) if data.near_duplicates != "off" and len(rows) else None
-    return grouping.place_rows(
-        rows,
-        signatures,
-        mode=data.near_duplicates,
-        threshold=data.near_threshold,
-        val_fraction=data.val_fraction * ("val" in free),
-        test_fraction=data.test_fraction * ("test" in free),
-    )
-
-
-def write_splits(
-    rows: grouping.Rows, placed: grouping.Placement, new: Path, tally: Tally, survey: data_report.Collector
-) -> None:
-    """Pass 2: copy each line of the spool to its split, and count what is not written."""
-    with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context((new / f"{split}.jsonl").open("wb")) for split in stages.SPLITS]
-        rejected = stack.enter_context((new / REJECTED).open("ab"))
-        spool = stack.enter_context((new / SPOOL).open("rb"))
-        for row, code in enumerate(placed.codes):
-            line, name = spool.read(rows.lengths[row]), rows.names[rows.files[row]]
-            if code == grouping.NEAR_DUPLICATE:
-                tally.duplicates[name] += 1
-            elif code == grouping.BRIDGE:
-                reason, one, two = placed.bridges[row]
-                detail = " and ".join(f"{stages.SPLITS[placed.codes[at]]}: {rows.place(at)}" for at in (one, two))
-                reject_bridge(json.loads(line), reason, detail, rejected, tally)
-            else:
-                outputs[code].write(line)
-                survey.add(row, json.loads(line))
-                tally.kept[name] += 1
-                tally.splits[stages.SPLITS[code]] += 1
-
-
-def spool_reader(rows: grouping.Rows, new: Path) -> Callable[[int], dict[str, Any]]:
-    """Return what reads a row again, by its number."""
-
-    def read_row(row: int) -> dict[str, Any]:
-        with (new / SPOOL).open("rb") as spool:
-            spool.seek(sum(rows.lengths[:row]))
-            return json.loads(spool.readline())
-
-    return read_row
-
-
-def records_of(path: Path, source: sources.Source, tally: Tally) -> Iterator[records.Record]:
-    """The records of one file, with progress; says what shape the file was taken for, and what was left out."""
-    found = source.open_file(path)
-    tally.shapes[str(path)] = found.shape.kind if found.shape else "none"
-    if found.shape:
-        console.note("process", f"{path}: read as {found.shape.kind} ({found.shape.why})")
-    progress = console.Progress("process", "rows")
-    for record in found.records:
-        progress.advance()
-        yield record
-    progress.close()
-    if found.left_out:
-        names = ", ".join(f"{name} ({count:,} rows)" for name, count in found.left_out.items())
-        console.warn(f"{path}: columns left out: {names}")
 
 
 def fill_train(tally: Tally, placed: grouping.Placement, given: dict[Path, str], new: Path) -> None:

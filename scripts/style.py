@@ -5,6 +5,7 @@ the config's ``style.text``; without any, render reads the processed rows themse
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -12,17 +13,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, stages
+from scripts.utils import command, console, files, stages, workers
 from scripts.utils.config import data_name
 from scripts.utils.errors import RefusedError, UserError
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
+
+
+CHUNK = 256  # rows that a worker takes at a time
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,13 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
         return 0
     changes: Counter[str] = Counter()
     with files.replaced_folder(styled, stages.MANIFEST) as new:
-        counts = {split: restyle(processed, new, split, style, changes) for split in stages.SPLITS}
+        progress = console.Progress("style", "rows", sum(base["splits"].values()))
+        counts = {}
+        for split in stages.SPLITS:
+            name = f"{split}.jsonl"
+            with (new / name).open("wb") as output:
+                counts[split] = restyle(processed / name, output, style, changes, progress)
+        progress.close()
         if counts != base["splits"]:
             raise RefusedError(f"{processed}: holds other rows than its manifest says", "run: make process FORCE=1")
         rows = sum(counts.values())
@@ -177,23 +187,32 @@ def with_style(messages: list[dict[str, Any]], style: Style) -> tuple[list[dict[
     return [{**first, "content": text}, *messages[1:]], "changed"
 
 
-def restyle(processed: Path, new: Path, split: str, style: Style, changes: Counter[str]) -> int:
-    """Write one split with the style; ids, sources and tools stay as they are. Returns the number of rows."""
+def restyle(source: Path, output: IO[bytes], style: Style, changes: Counter[str], progress: console.Progress) -> int:
+    """Write the rows of one file with the style; ids, sources and tools stay as they are. Returns the number of rows."""
 
-    def rows() -> Any:
-        progress = console.Progress("style", "rows")
-        for row in files.read_jsonl(processed / f"{split}.jsonl"):
-            progress.advance()
-            if "messages" not in row:  # a text to continue has no system message
-                changes["left"] += 1
-                yield row
-                continue
-            messages, change = with_style(row["messages"], style)
-            changes[change] += 1
-            yield {**row, "messages": messages}
-        progress.close()
+    def styled(chunk: tuple[int, list[bytes]]) -> tuple[int, bytes, Counter[str]]:
+        done, found = [], Counter[str]()
+        for number, line in enumerate(chunk[1], chunk[0]):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{source}:{number}: not valid JSON ({error})", "run: make process FORCE=1") from error
+            if "messages" in row:
+                row["messages"], change = with_style(row["messages"], style)
+            else:  # a text to continue has no system message
+                change = "left"
+            found[change] += 1
+            done.append(files.json_line(row))
+        return len(done), b"".join(done), found
 
-    return files.write_jsonl(new / f"{split}.jsonl", rows())
+    rows = 0
+    with source.open("rb") as lines:
+        for count, text, found in workers.in_order(styled, workers.numbered(lines, CHUNK)):
+            output.write(text)
+            changes += found
+            rows += count
+            progress.advance(count)
+    return rows
 
 
 def report(style: Style, changes: Counter[str], counts: dict[str, int], processed: Path, styled: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from scripts import process
 from scripts.utils import environment, grouping, near, splits, stages
+from scripts.utils.reading import Read, Rows
 
 WORDS = [f"word{number}" for number in range(400)]
 CHINESE = "".join(chr(0x4E00 + number) for number in range(90))  # a text without spaces
@@ -207,7 +208,7 @@ def test_how_alike_two_texts_are(one, two, alike):
 
 
 def test_overlaps_are_counted_from_the_result():
-    found = grouping.Rows(names=["a"])
+    found = Rows(names=["a"])
     for key in (1, 1, 2, 3):
-        found.add(key.to_bytes(8), bytes(8), 1, 1, grouping.NOT_GIVEN)
+        found.add(Read(1, b"", b"", b"", question=key, group=0, characters=1, turns=1, answer=1, marks=0), -1)
     assert grouping.overlaps(found, bytes([0, 2, 0, 1])) == {"train and val": 0, "train and test": 1, "val and test": 0}

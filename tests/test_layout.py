@@ -22,12 +22,13 @@ errors schema console environment template_child
 workers
 files yaml_text gguf_file unpacked hardware turns template_guard literals lengths spans
 training_state unsloth_probe json_rows splits continued near suspicious report_page
-arrow_rows grouping
+arrow_rows
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding metrics resume backends
-data_hub
-model_store schedule adapters tally sources unsloth_child shown
+data_hub reading
+model_store schedule adapters tally sources unsloth_child shown grouping
 data_report
+spool
 rendered training trained generation initial
 rendering
 callbacks merging evaluation chat_session self_test

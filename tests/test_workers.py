@@ -1,17 +1,21 @@
 """Workers: results in order, errors whole, and no process left behind, however the step ends."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.utils import workers
+from scripts import process, render, style
+from scripts.utils import environment, workers
 from scripts.utils.errors import MachineError, UserError
 from scripts.utils.files import REPO_ROOT
 
@@ -90,3 +94,87 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, number: signal.Signals) -
     while any(map(_alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_alive, children))
+
+
+ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}, \u00e9{n % 7}."} for n in range(300)]
+ROWS += [ROWS[3], {"question": "q"}, {"question": "q", "answer": "\ud800", "extra": 1}, {"question": ROWS[4]["question"], "answer": "other", "note": "x"}]  # fmt: skip
+
+
+def _written(
+    step_main: Callable[[list[str]], int], folder: str, count: int, monkeypatch, *more: str
+) -> dict[str, bytes]:
+    monkeypatch.setattr(workers, "cores", lambda: count)
+    assert step_main(["--config", "run.yaml", *more]) == 0
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_one_core_and_three_write_the_same_files(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "prepare", lambda root: None)
+    monkeypatch.chdir(tmp_path)
+    if kind == "csv":
+        lines = [f'"{row["question"]}","{row.get("answer", "")}"\n' for row in ROWS if row.get("answer") != "\ud800"]
+        Path("rows.csv").write_text("question,answer\n" + "".join(lines))
+    elif kind == "json":
+        Path("rows.json").write_text(json.dumps(ROWS))
+    else:
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("run.yaml").write_text(
+        f"data: {{name: set, raw: rows.{kind}, max_rejected: 0.5}}\nmodel: {{name: {tiny_model}}}\nstyle: {{text: Be brief.}}\n"
+    )
+    steps = {"data/processed/set": process.main, "data/processed_with_style/set": style.main, "data/rendered/set": render.main}  # fmt: skip
+    for folder, step in steps.items():
+        one = _written(step, folder, 1, monkeypatch, "--force")
+        said = capfd.readouterr()
+        three = _written(step, folder, 3, monkeypatch, "--force")
+        assert one == three and len(one["train.jsonl"].splitlines()) > 128, folder
+        assert capfd.readouterr() == said
+
+
+def test_what_is_wrong_late_in_a_file_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "prepare", lambda root: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS[:250]]
+    Path("rows.jsonl").write_bytes(b"".join(lines) + b'{"question": "\xe9"}\n')
+    Path("run.yaml").write_text("data: {name: set, raw: rows.jsonl}\n")
+    assert process.main(["--config", "run.yaml"]) == 2
+    assert "rows.jsonl:251: not UTF-8: byte 0xe9" in capfd.readouterr().err
+    assert list(Path("data/processed").iterdir()) == []
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", ["process", "style"])
+def test_a_step_that_is_stopped_leaves_the_old_rows_and_no_half_ones(
+    step: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    def command(name: str) -> list[str]:
+        more = ["--style", "Be brief."] if name == "style" else []
+        return [sys.executable, str(REPO_ROOT / "scripts" / f"{name}.py"), "--config", "run.yaml", *more]
+
+    def held() -> dict[Path, bytes]:
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    lines = [json.dumps({"question": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(20_000)]
+    (tmp_path / "run.yaml").write_text("data: {name: set, raw: rows.jsonl}\n")
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:300]))
+    folder = tmp_path / ("data/processed" if step == "process" else "data/processed_with_style")
+    quiet: dict[str, Any] = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for name in ("process", "style"):
+        subprocess.run(command(name), check=True, **quiet)
+    before = held()
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    if step == "style":
+        subprocess.run(command("process"), check=True, **quiet)
+    started = subprocess.Popen(command(step), **quiet)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.glob(".*.new/*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    started.send_signal(number)
+    assert started.wait(timeout=30) == 128 + number
+    assert held() == before

@@ -6,7 +6,7 @@ Progress, notes and errors go to stderr; results go to stdout, so that they can 
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
@@ -87,12 +87,21 @@ def size(count: float) -> str:
 class Progress:
     """Counts finished units and reports them with a rate and the time left.
 
-    On a terminal one line is rewritten; elsewhere a line appears every ``interval`` seconds.
+    On a terminal one line is rewritten; elsewhere a line appears every ``interval`` seconds. Where ``total`` is not
+    known, ``share`` may say what part of the work is done, in [0, 1].
     """
 
-    def __init__(self, step: str, unit: str, total: int | None = None, interval: float = 10.0) -> None:
+    def __init__(
+        self,
+        step: str,
+        unit: str,
+        total: int | None = None,
+        interval: float = 10.0,
+        share: Callable[[], float] | None = None,
+    ) -> None:
         self.step, self.unit, self.total = step, unit, total
         self.done = 0
+        self._share = share or (lambda: self.done / total if total else 0.0)
         self._live = sys.stderr.isatty()
         self._interval = 0.1 if self._live else interval
         self._start = self._shown = time.monotonic()
@@ -108,8 +117,8 @@ class Progress:
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = self.done / elapsed
         text = f"{self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}  {rate:,.1f}/s"
-        if self.total and rate:
-            text += f"  {duration((self.total - self.done) / rate)} left"
+        if 0 < (share := self._share()) <= 1:
+            text += f"  {duration(elapsed * (1 - share) / share)} left"
         if detail:
             text += f"  {detail}"
         if self._live:

@@ -1,152 +1,143 @@
 """What is in the rows that were written: counts, lengths, doubles, suspicious rows; as one JSON value (report.json).
 
-Memory stays bounded: counters, a few examples of each kind, one number a row; never all texts.
+Worked out from the columns that reading left (reading.py); only a few rows are looked at again.
 """
 
-import hashlib
+import itertools
 import json
 import math
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, files, grouping, near, report_page, suspicious
-from scripts.utils.grouping import SPLITS, Placement, Rows
+from scripts.utils.grouping import SPLITS, Placement
+from scripts.utils.reading import Rows, mark_of
 from scripts.utils.tally import Tally
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
+
+    Numbers = NDArray[np.integer[Any]]
 
 EXAMPLES = 10
 TOKEN_ROWS = 20_000  # rows whose tokens are counted at most
 _TOKEN_BYTES = 8_000_000  # of rows, at most: some seconds of work
 _TOKEN_BATCH = 500
 _ANSWERS = 10
-_SHORT = 4  # characters
 _BARS = 30
 _SHOWN = 200  # characters of a text that the report shows
 
 
-class Collector:
-    """Takes every written row once, in order, and ends as the report."""
+@dataclass(frozen=True)
+class Model:
+    """Whose tokens are counted: the model's name, its folder if it is on this disk, and the config's limit."""
 
-    def __init__(self, rows: Rows, placed: Placement, duplicates: dict[str, str], model: Path | None) -> None:
-        """``duplicates``: id → place of a later exact duplicate; ``model``: the model's folder, if it is on this disk."""
-        self._rows, self._placed = rows, placed
-        self._later = duplicates
-        self._exact_pairs: list[dict[str, str]] = []
-        self._characters = array("Q")
-        self._turns: Counter[int] = Counter()
-        self._answers = array("Q")  # hash of each last answer
-        self._numbers = array("Q")  # of the written rows
-        self._empty = self._short = 0
-        self._suspicious: Counter[str] = Counter()
-        self.suspicious_rows = 0
-        self._suspicious_examples: dict[str, list[str]] = {}
-        self._tokens = array("Q")
-        self._tokenizer = _load(model) if model else None
-        kept = sum(code < len(SPLITS) for code in placed.codes)
-        self._every = max(math.ceil(kept / TOKEN_ROWS), math.ceil(sum(rows.lengths) / _TOKEN_BYTES), 1)
-        self._waiting: list[str] = []
+    name: str
+    path: Path | None
+    max_length: int
 
-    def add(self, row: int, value: dict[str, Any]) -> None:
-        """Take a row that was written, with its number in ``rows``."""
-        messages, place = near.messages_of(value), self._rows.place(row)
-        text = near.text_of(messages)
-        self._characters.append(sum(len(message["content"]) for message in messages))
-        self._turns[sum(message["role"] == "assistant" for message in messages)] += 1
-        answer = messages[-1]["content"]
-        self._answers.append(int.from_bytes(hashlib.sha256(answer.encode()).digest()[:8]))
-        self._empty += not answer.strip()
-        self._short += 0 < len(answer.strip()) < _SHORT
-        if value["id"] in self._later:
-            self._exact_pairs.append({"row": self._later[value["id"]], "first": place})
-        faults = suspicious.find(messages)
-        self.suspicious_rows += bool(faults)
-        for why in faults:
-            self._suspicious[why] += 1
-            examples = self._suspicious_examples.setdefault(why, [])
-            if len(examples) < EXAMPLES:
-                examples.append(place)
-        if self._tokenizer and len(self._numbers) % self._every == 0:
-            system = "".join(message["content"] for message in messages if message["role"] == "system")
-            self._waiting.append(f"{system}\n{text}" if system else text)
-            if len(self._waiting) == _TOKEN_BATCH:
-                self._count_tokens()
-        self._numbers.append(row)
 
-    def _count_tokens(self) -> None:
-        if self._tokenizer and self._waiting:
-            encoded = self._tokenizer.encode_batch(self._waiting, add_special_tokens=False)
-            self._tokens.extend(len(item.ids) for item in encoded)
-            self._waiting = []
+def survey(
+    rows: Rows, placed: Placement, tally: Tally, read_row: Callable[[int], dict[str, Any]], model: Model
+) -> dict[str, Any]:
+    """The whole report of the rows that were written; ``read_row`` gives a row by its number."""
+    import numpy as np
 
-    def _frequent_answers(self, read_row: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-        """The answers that occur most, and more than once."""
-        import numpy as np
+    kept = np.flatnonzero(np.frombuffer(placed.codes, dtype=np.uint8) < len(SPLITS))
+    turns, counts = np.unique(_values(rows.turns, kept), return_counts=True)
+    marks = _values(rows.marks, kept)
+    return {
+        **counted(tally),
+        "turns": {str(number): int(count) for number, count in zip(turns, counts, strict=True)},
+        "characters": spread(_values(rows.characters, kept)),
+        "tokens": _token_part(rows, kept, read_row, model),
+        "answers": {
+            "empty": int(((marks & mark_of("empty")) != 0).sum()),
+            "very_short": int(((marks & mark_of("short")) != 0).sum()),
+            "most_frequent": _frequent_answers(_values(rows.answers, kept), kept, read_row),
+        },
+        "exact_duplicates": {
+            "rows": tally.duplicates.total() - placed.near_rows * placed.removed,
+            "examples": [{"row": later, "first": rows.place(first)} for first, later in tally.doubles.items()],
+        },
+        "near_duplicates": {
+            "rows": placed.near_rows,
+            "removed": placed.removed,
+            "examples": [
+                {"row": rows.place(row), "first": rows.place(first), "similarity": round(similarity, 2)}
+                for row, first, similarity in placed.near_pairs
+            ],
+        },
+        "overlap": {
+            "same_question_or_conversation": grouping.overlaps(rows, bytes(placed.codes)),
+            "nearly_the_same": placed.near_straddling,
+        },
+        "suspicious": _suspicious_part(rows, kept, marks),
+    }
 
-        if not self._answers:
-            return []
-        keys = np.frombuffer(self._answers, dtype=np.uint64)
-        _, first, counts = np.unique(keys, return_index=True, return_counts=True)
-        top = np.lexsort((first, -counts))[:_ANSWERS]
-        found = [(int(counts[at]), read_row(self._numbers[int(first[at])])) for at in top if counts[at] > 1]
-        return [{"count": count, "text": shorten(near.messages_of(row)[-1]["content"])} for count, row in found]
 
-    def finish(
-        self, tally: Tally, read_row: Callable[[int], dict[str, Any]], max_length: int, model: str
-    ) -> dict[str, Any]:
-        """The whole report; ``read_row`` gives a row by its number."""
-        self._count_tokens()
-        rows, placed = self._rows, self._placed
-        return {
-            **counted(tally),
-            "turns": {str(turns): count for turns, count in sorted(self._turns.items())},
-            "characters": spread(self._characters),
-            "tokens": self._token_part(max_length, model),
-            "answers": {
-                "empty": self._empty,
-                "very_short": self._short,
-                "most_frequent": self._frequent_answers(read_row),
-            },
-            "exact_duplicates": {
-                "rows": tally.duplicates.total() - placed.near_rows * placed.removed,
-                "examples": self._exact_pairs,
-            },
-            "near_duplicates": {
-                "rows": placed.near_rows,
-                "removed": placed.removed,
-                "examples": [
-                    {"row": rows.place(row), "first": rows.place(first), "similarity": round(similarity, 2)}
-                    for row, first, similarity in placed.near_pairs
-                ],
-            },
-            "overlap": {
-                "same_question_or_conversation": grouping.overlaps(rows, bytes(placed.codes)),
-                "nearly_the_same": placed.near_straddling,
-            },
-            "suspicious": {
-                "rows": self.suspicious_rows,
-                "reasons": [
-                    {"reason": why, "rows": count, "examples": self._suspicious_examples[why]}
-                    for why, count in self._suspicious.most_common()
-                ],
-            },
-        }
+def _values(column: "array[int]", kept: "Numbers") -> "Numbers":
+    import numpy as np
 
-    def _token_part(self, max_length: int, model: str) -> dict[str, Any]:
-        if not self._tokens:
-            return {"model": model, "counted_rows": 0, "max_length": max_length}
-        over = sum(count > max_length for count in self._tokens)
-        return {
-            "model": model,
-            "counted_rows": len(self._tokens),
-            "max_length": max_length,
-            "over_max_length": over / len(self._tokens),
-            **spread(self._tokens),
-        }
+    return np.frombuffer(column, dtype=f"u{column.itemsize}")[kept]
+
+
+def _suspicious_part(rows: Rows, kept: "Numbers", marks: "Numbers") -> dict[str, Any]:
+    import numpy as np
+
+    found = {reason: kept[(marks & mark_of(reason)) != 0] for reason in suspicious.REASONS}
+    return {
+        "rows": len(np.unique(np.concatenate(list(found.values())))),
+        "reasons": [
+            {"reason": reason, "rows": len(which), "examples": [rows.place(int(row)) for row in which[:EXAMPLES]]}
+            for reason, which in sorted(found.items(), key=lambda item: -len(item[1]))
+            if len(which)
+        ],
+    }
+
+
+def _frequent_answers(
+    answers: "Numbers", kept: "Numbers", read_row: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The answers that occur most, and more than once."""
+    import numpy as np
+
+    _, first, counts = np.unique(answers, return_index=True, return_counts=True)
+    top = np.lexsort((first, -counts))[:_ANSWERS]
+    found = [(int(counts[at]), read_row(int(kept[first[at]]))) for at in top if counts[at] > 1]
+    return [{"count": count, "text": shorten(near.messages_of(row)[-1]["content"])} for count, row in found]
+
+
+def _token_part(rows: Rows, kept: "Numbers", read_row: Callable[[int], dict[str, Any]], model: Model) -> dict[str, Any]:
+    """Tokens by the model's own tokenizer, of evenly chosen rows where there are many."""
+    tokenizer = _load(model.path) if model.path else None
+    if tokenizer is None or not len(kept):
+        return {"model": model.name, "counted_rows": 0, "max_length": model.max_length}
+    every = max(math.ceil(len(kept) / TOKEN_ROWS), math.ceil(sum(rows.lengths) / _TOKEN_BYTES), 1)
+    texts = (_text_of(read_row(int(row))) for row in kept[::every])
+    counts: list[int] = []
+    while batch := list(itertools.islice(texts, _TOKEN_BATCH)):
+        counts += [len(item.ids) for item in tokenizer.encode_batch(batch, add_special_tokens=False)]
+    over = sum(count > model.max_length for count in counts)
+    return {
+        "model": model.name,
+        "counted_rows": len(counts),
+        "max_length": model.max_length,
+        "over_max_length": over / len(counts),
+        **spread(counts),
+    }
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    messages = near.messages_of(row)
+    system = "".join(message["content"] for message in messages if message["role"] == "system")
+    text = near.text_of(messages)
+    return f"{system}\n{text}" if system else text
 
 
 def counted(tally: Tally) -> dict[str, Any]:
@@ -202,7 +193,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def spread(values: Sequence[int]) -> dict[str, Any]:
+def spread(values: "Sequence[int] | Numbers") -> dict[str, Any]:
     """Smallest, median, mean, 95th percentile, largest, and a histogram of 30 bars at most: [from, to, rows]."""
     import numpy as np
 

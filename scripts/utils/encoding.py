@@ -61,8 +61,39 @@ def encode(
     return Encoded(ids, trained)
 
 
-def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+def _ids(tokenizer: Any, text: str, split_special_tokens: bool = False) -> list[int]:
+    backend = _backend(tokenizer)
+    if backend is None or backend.truncation or backend.padding:
+        options = {"split_special_tokens": True} if split_special_tokens else {}
+        return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+    if backend.encode_special_tokens != (wanted := split_special_tokens or tokenizer.split_special_tokens):
+        backend.encode_special_tokens = wanted
+    return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of the ids, with control tokens, as it is: no space is tidied away."""
+    backend = _backend(tokenizer)
+    if backend is None:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return str(backend.decode(ids, skip_special_tokens=False))
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The tokenizer's compiled part where transformers adds nothing of its own, which saves most of a call; else None."""
+    if "_sft_backend" not in tokenizer.__dict__:
+        from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+        kind = type(tokenizer)
+        plain = (
+            isinstance(tokenizer, PreTrainedTokenizerFast)
+            and kind.__call__ is PreTrainedTokenizerBase.__call__
+            and kind.decode is PreTrainedTokenizerBase.decode
+            and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+            and kind._decode is PreTrainedTokenizerFast._decode
+        )
+        tokenizer.__dict__["_sft_backend"] = tokenizer.backend_tokenizer if plain else None
+    return tokenizer.__dict__["_sft_backend"]
 
 
 def _letters(tokenizer: Any, text: str) -> list[int]:

@@ -7,11 +7,11 @@ goes into neither: on either side it would carry what is held out into what is t
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from scripts.utils import near, splits
+from scripts.utils.reading import Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,39 +20,10 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 NEAR_DUPLICATE, BRIDGE = 3, 4  # codes beside those of the splits, 0 to 2: left out, and why
 NOT_GIVEN = -1
-_BUCKET_ROWS = (
-    1000  # different rows of one bucket that a row is compared with; bounds the time where all rows are alike
-)
+# different rows of one bucket that a row is compared with; bounds the time where all rows are alike
+_BUCKET_ROWS = 250
 EXAMPLES = 20
 Mode = Literal["report", "remove", "off"]
-
-
-@dataclass
-class Rows:
-    """What is remembered of each row that was read, about 45 bytes: hashes, its place, the length of its line."""
-
-    questions: "array[int]" = field(default_factory=lambda: array("Q"))
-    groups: "array[int]" = field(default_factory=lambda: array("Q"))  # of the conversation id; 0: it has none
-    lengths: "array[int]" = field(default_factory=lambda: array("Q"))  # bytes
-    lines: "array[int]" = field(default_factory=lambda: array("Q"))
-    files: "array[int]" = field(default_factory=lambda: array("I"))  # numbers into names
-    given: "array[int]" = field(default_factory=lambda: array("b"))  # the split that its file says; -1: none
-    names: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def add(self, question: bytes, group: bytes, length: int, line: int, given: int) -> None:
-        """Append a row of the file named last."""
-        self.questions.append(int.from_bytes(question[:8]))
-        self.groups.append(int.from_bytes(group[:8]))
-        self.lengths.append(length)
-        self.lines.append(line)
-        self.files.append(len(self.names) - 1)
-        self.given.append(given)
-
-    def place(self, row: int) -> str:
-        return f"{self.names[self.files[row]]}:{self.lines[row]}"
 
 
 @dataclass
@@ -92,7 +63,7 @@ def place_rows(
     )
     seen: dict[str, dict[int, dict[int, int]]] = {name: {} for name, _, _ in known}  # key: split: its first row
     for row in range(len(rows)):
-        alike = list(search.earlier(row)) if search else []
+        alike = search.earlier(row) if search else []
         if alike:
             placed.near_rows += 1
             near_counts[alike[0][0]] += 1
@@ -151,25 +122,27 @@ class NearSearch:
     def __init__(self, signatures: "NDArray[np.uint32]", threshold: float) -> None:
         self._signatures, self._threshold = signatures, threshold
         self._buckets = near.find_buckets(signatures)
-        self._rows: dict[int, list[int]] = {}
+        self._rows: dict[int, array[int]] = {}
 
-    def _shared(self, row: int) -> list[int]:
-        return [int(bucket) for bucket in self._buckets[row] if bucket >= 0]
-
-    def earlier(self, row: int) -> Iterator[tuple[int, float]]:
+    def earlier(self, row: int) -> list[tuple[int, float]]:
         """Added rows nearly the same as ``row``, the earliest first, each with the estimated Jaccard similarity."""
-        others = sorted({other for bucket in self._shared(row) for other in self._rows.get(bucket, ())})
-        if others:
-            alike = (self._signatures[others] == self._signatures[row]).mean(axis=1)
-            for other, similarity in zip(others, alike, strict=True):
-                if similarity >= self._threshold:
-                    yield other, float(similarity)
+        import numpy as np
+
+        found = [rows for bucket in self._buckets[row].tolist() if bucket >= 0 and (rows := self._rows.get(bucket))]
+        if not found:
+            return []
+        others = np.concatenate([np.frombuffer(rows, dtype=np.uint32) for rows in found])
+        equal = np.count_nonzero(self._signatures[others] == self._signatures[row], axis=1)
+        alike = equal >= self._threshold * near.PERMUTATIONS
+        pairs = set(zip(others[alike].tolist(), equal[alike].tolist(), strict=True))
+        return [(other, count / near.PERMUTATIONS) for other, count in sorted(pairs)]
 
     def add(self, row: int) -> None:
-        for bucket in self._shared(row):
-            rows = self._rows.setdefault(bucket, [])
-            if len(rows) < _BUCKET_ROWS:
-                rows.append(row)
+        for bucket in self._buckets[row].tolist():
+            if bucket >= 0:
+                rows = self._rows.setdefault(bucket, array("I"))
+                if len(rows) < _BUCKET_ROWS:
+                    rows.append(row)
 
 
 def overlaps(rows: Rows, codes: bytes) -> dict[str, int]:

@@ -21,7 +21,10 @@ _MEND = "mend the file; nothing was changed"
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row of a file. ``reason`` is empty when it could be read; else ``text`` is what stands in the file."""
+    """One row of a file. ``reason`` is empty when it could be read; else ``text`` is what stands in the file.
+
+    ``unread``: ``text`` is still to be parsed, by ``parse``, wherever that is done.
+    """
 
     file: str
     line: int
@@ -29,6 +32,7 @@ class RawRow:
     text: str = ""
     reason: str = ""
     detail: str = ""
+    unread: bool = False
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -82,7 +86,7 @@ class _Decoder(json.JSONDecoder):
 
 
 def read_json(path: Path) -> Iterator[RawRow]:
-    """The rows of a JSON file in order, each with its line; a file that is broken as a whole is a ``UserError``."""
+    """The rows of a JSON file in order, unread, each with its line; a file that is broken as a whole is a ``UserError``."""
     filled = ((number, line) for number, line in lines(path) if line.strip())
     first = next(filled, None)
     if first is None:
@@ -103,39 +107,45 @@ def _is_object(line: str) -> bool:
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    decoder = _Decoder()
     for number, line in lines(path):
-        text = line.strip(" \t\r\n")
-        if not text:
-            continue
-        try:
-            yield decoder.row(str(path), number, decoder.decode(text), text)
-        except RecursionError:
-            decoder.problems.clear()
-            yield RawRow(str(path), number, None, text, "nested too deeply to be a training row")
-        except ValueError as error:  # JSONDecodeError, or an integer of more than 4,300 digits
-            decoder.problems.clear()
-            why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            if "\0" in text:
-                why += "; the line holds NUL bytes: is the file UTF-16, or damaged?"
-            yield RawRow(str(path), number, None, text, "not valid JSON", why)
+        if text := line.strip(" \t\r\n"):
+            yield RawRow(str(path), number, None, text, unread=True)
+
+
+def parse(row: RawRow) -> RawRow:
+    """The row itself, or, of a line of JSON that is still unread, what it says."""
+    if not row.unread:
+        return row
+    decoder = _LINES
+    try:
+        return decoder.row(row.file, row.line, decoder.decode(row.text), row.text)
+    except RecursionError:
+        decoder.problems.clear()
+        return RawRow(row.file, row.line, None, row.text, "nested too deeply to be a training row")
+    except ValueError as error:  # JSONDecodeError, or an integer of more than 4,300 digits
+        decoder.problems.clear()
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        if "\0" in row.text:
+            why += "; the line holds NUL bytes: is the file UTF-16, or damaged?"
+        return RawRow(row.file, row.line, None, row.text, "not valid JSON", why)
+
+
+_LINES = _Decoder()
 
 
 def _read_whole(path: Path, text: str) -> Iterator[RawRow]:
     """Rows of a file that is one JSON value: read one by one, so that each has its line."""
-    decoder = _Decoder()
+    decoder = json.JSONDecoder()
     start = _skip(text, 0)
     try:
         if text[start] != "[":
             value, end = decoder.raw_decode(text, start)
-            decoder.problems.clear()
             _expect_end(text, end)
             arrays = _arrays(value)
             if len(arrays) > 1:
                 raise UserError(f"{path}: holds several arrays: {', '.join(arrays)}", "put each into a file of its own")
             if not arrays:
-                decoder.raw_decode(text, start)  # once more, for what it notes
-                yield decoder.row(str(path), 1 + text.count("\n", 0, start), value, text)
+                yield RawRow(str(path), 1 + text.count("\n", 0, start), None, text, unread=True)
                 return
             start = _start_of(text, start, arrays[0], decoder)
             yield from _read_array(path, text, start, decoder)
@@ -151,13 +161,13 @@ def _read_whole(path: Path, text: str) -> Iterator[RawRow]:
         raise UserError(f"{path}: not readable JSON: {error}", _MEND) from error
 
 
-def _read_array(path: Path, text: str, start: int, decoder: _Decoder) -> Generator[RawRow, None, int]:
-    """The items of the array that begins at ``start``; returns where it ends."""
+def _read_array(path: Path, text: str, start: int, decoder: json.JSONDecoder) -> Generator[RawRow, None, int]:
+    """The items, unread, of the array that begins at ``start``; returns where it ends."""
     position, line, counted = start + 1, 1, 0
     while text[(position := _skip(text, position)) : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
-        value, end = decoder.raw_decode(text, position)
-        yield decoder.row(str(path), line, value, text[position:end])
+        _, end = decoder.raw_decode(text, position)
+        yield RawRow(str(path), line, None, text[position:end], unread=True)
         position = _skip(text, end)
         if text[position : position + 1] == ",":
             position += 1
@@ -192,7 +202,7 @@ def _arrays(value: Any) -> list[str]:
     return [name for name in lists if holds_rows(value[name])]
 
 
-def _start_of(text: str, start: int, name: str, decoder: _Decoder) -> int:
+def _start_of(text: str, start: int, name: str, decoder: json.JSONDecoder) -> int:
     """Where the value of ``name`` begins in the object that begins at ``start``."""
     position = start
     while True:

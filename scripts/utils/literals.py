@@ -5,6 +5,7 @@ inside each such look-alike, so that it survives whatever the template trims or 
 taken out and the look-alikes' places are known: their ``literals``, which the encoding tokenises as plain text.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -98,6 +99,7 @@ def _tokens(tokenizer: Any, template: str) -> tuple[tuple[str, ...], tuple[str, 
     return known[key]
 
 
+@functools.lru_cache(64)
 def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # the second matches nothing

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scripts.utils import arrow_rows, unpacked
 from scripts.utils.errors import UserError
-from scripts.utils.json_rows import BOM, RawRow, lines, read_json
+from scripts.utils.json_rows import BOM, RawRow, lines, parse, read_json
 
 TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")  # each also with .gz or .zst behind it
 READABLE = (*TEXT, *arrow_rows.SUFFIXES)
@@ -88,8 +88,11 @@ def _readable(entries: Sequence[Path], where: str, warnings: list[str], *, texts
     return found
 
 
-def read_rows(path: Path) -> Iterator[RawRow]:
-    """The rows of one file in order; blank lines are passed over. A file without rows is a ``UserError``."""
+def unread_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of one file in order, JSON lines still to be parsed; blank lines are passed over.
+
+    A file without rows is a ``UserError``.
+    """
     kind = unpacked.suffix(path)
     rows = (
         arrow_rows.read_rows(path)
@@ -106,6 +109,11 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         yield row
     if empty:
         raise UserError(f"{path.absolute()}: holds no rows", "put rows in, or take the file away")
+
+
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of one file, as ``unread_rows``, parsed."""
+    return map(parse, unread_rows(path))
 
 
 def _check_kind(path: Path) -> list[str]:

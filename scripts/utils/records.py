@@ -7,15 +7,18 @@ by letter; a row that cannot be used is an ``Unusable`` with the reason. Nothing
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
-from scripts.utils import raw_files
+from scripts.utils import raw_files, workers
 from scripts.utils.errors import UserError
-from scripts.utils.json_rows import RawRow
+from scripts.utils.json_rows import RawRow, parse
 from scripts.utils.turns import Unusable, as_text, check_order, filled_text, is_blank, kind_of, read_tools, read_turn
+
+T = TypeVar("T")
 
 # names of columns, lower case, the first that a file has is taken
 _TURNS = ("messages", "conversations", "conversation")
@@ -25,6 +28,7 @@ _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 _GROUPS = ("conversation_id", "conv_id", "dialogue_id", "session_id", "group_id")
 DIGEST_BYTES = 12
+_CHUNK = 64  # rows that a worker takes at a time
 _PEEK = 100  # rows looked at to find a file's shape
 KNOWN_SHAPES = (
     "messages or conversations (a list of turns), instruction + output, or a question column "
@@ -69,12 +73,31 @@ class Record:
 
 @dataclass
 class FileRecords:
-    """One file's records, to be read once, its shape, and the columns that were left out, filled while reading."""
+    """One file's rows, to be read once, its shape, and the columns that were left out, counted while reading."""
 
     path: Path
     shape: Shape | None
-    records: Iterator[Record]
-    left_out: dict[str, int]
+    rows: Iterator[RawRow]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def records(self) -> Iterator[Record]:
+        """The records in order, read in this process."""
+        return (_record(row, self.shape, self.left_out) for row in self.rows)
+
+    def mapped(self, work: Callable[[Record], T]) -> Iterator[T]:
+        """``work(record)`` of each record, in order; reading and work are done on all cores."""
+
+        def read(chunk: tuple[int, list[RawRow]]) -> tuple[list[T], Counter[str]]:
+            left_out: Counter[str] = Counter()
+            return [work(_record(row, self.shape, left_out)) for row in chunk[1]], left_out
+
+        try:
+            for done, left_out in workers.in_order(read, workers.numbered(self.rows, _CHUNK)):
+                self.left_out += left_out
+                yield from done
+        except RecursionError as error:  # a cell of an Arrow file, on its way to a worker
+            raise UserError(f"{self.path}: nested too deeply to be training rows", "") from error
 
 
 def open_file(path: Path, wanted: str = "auto", columns: Mapping[Any, str] | None = None) -> FileRecords:
@@ -84,8 +107,8 @@ def open_file(path: Path, wanted: str = "auto", columns: Mapping[Any, str] | Non
     naming the columns found when one of these is missing, or when rows can be read but none has a known shape.
     """
     own = {meaning: name.strip().lower() for meaning, name in (columns or {}).items()}
-    rows = raw_files.read_rows(path)
-    first = list(itertools.islice(rows, _PEEK))
+    rows = raw_files.unread_rows(path)
+    first = [parse(row) for row in itertools.islice(rows, _PEEK)]
     objects = [row for row in first if isinstance(row.value, dict)]
     shape = next((found for row in objects if (found := detect(row.value, wanted, own))), None)
     there = {name for row in objects for name in _columns(row.value)}
@@ -101,12 +124,11 @@ def open_file(path: Path, wanted: str = "auto", columns: Mapping[Any, str] | Non
             f"known are {KNOWN_SHAPES}; a CSV names its columns in the first line. Other names: "
             'SET="data.columns={user: your_question, assistant: your_answer}"',
         )
-    left_out: dict[str, int] = {}
-    records = (_record(row, shape, left_out) for row in itertools.chain(first, rows))
-    return FileRecords(path, shape, records, left_out)
+    return FileRecords(path, shape, itertools.chain(first, rows))
 
 
 def _record(row: RawRow, shape: Shape | None, left_out: dict[str, int]) -> Record:
+    row = parse(row)
     try:
         if row.reason:
             raise Unusable(row.reason, row.detail)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import chat, continued, files, lengths
+from scripts.utils.encoding import decode
 from scripts.utils.errors import UserError
 from scripts.utils.rendered import encode_row
 
@@ -95,7 +96,7 @@ def render_row(
             "tokens": len(encoded.ids),
             "trained_tokens": encoded.trained_tokens,
             "source": row["source"],
-            "exact": tokenizer.decode(encoded.ids, clean_up_tokenization_spaces=False) == rendered["text"],
+            "exact": decode(tokenizer, encoded.ids) == rendered["text"],
         }
 
     if "text" in row:

@@ -67,9 +67,9 @@ def bound(source: Source) -> bytes | None:
     smallest: list[int] = []  # the negated smallest hashes so far, the largest of them first
     taken: set[int] = set()
     for path in source.paths:
-        for record in source.open_file(path).records:
-            place = int.from_bytes(record.digest)
-            if record.content is None or place in taken:
+        for digest in source.open_file(path).mapped(_digest):
+            place = int.from_bytes(digest)
+            if not digest or place in taken:
                 continue
             if len(smallest) < source.limit:
                 heapq.heappush(smallest, -place)
@@ -79,3 +79,7 @@ def bound(source: Source) -> bytes | None:
                 continue
             taken.add(place)
     return None if len(smallest) < source.limit else (-smallest[0]).to_bytes(records.DIGEST_BYTES)
+
+
+def _digest(record: records.Record) -> bytes:
+    return b"" if record.content is None else record.digest

@@ -3,6 +3,7 @@
 ``show(messages, generation_prompt)`` renders; nothing here knows a template's text.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -81,15 +82,19 @@ def _end_as_last(show: Show, messages: Messages, turn: int, text: str, start: in
 
 def _end_of_last(show: Show, tokenizer: Any, messages: Messages, text: str, start: int) -> int:
     """The end of the last turn, without what the template closes every text with (Phi: ``<|end|>``, then ``<|endoftext|>``)."""
-    names = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    special = "|".join(map(re.escape, names)) or "(?!)"
-    if not messages[-1].get("tool_calls") and (
-        found := re.compile(rf"(?:{special})(?=(?:\s*(?:{special}))+\s*\Z)").search(text, start)
-    ):
+    names = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    if not messages[-1].get("tool_calls") and (found := _closing(frozenset(names)).search(text, start)):
         longer = show([*messages, {"role": "user", "content": "x"}], generation_prompt=True)
         if longer.startswith(text[: found.end()]) and not longer.startswith(text.rstrip()):
             return found.end()
     return len(text)
+
+
+@functools.lru_cache(64)
+def _closing(names: frozenset[str]) -> re.Pattern[str]:
+    """The first of several control tokens that close a text."""
+    special = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+    return re.compile(rf"(?:{special})(?=(?:\s*(?:{special}))+\s*\Z)")
 
 
 def _lead(show: Show, messages: Messages, turn: int, probe: str) -> str:

@@ -15,24 +15,29 @@ _REFUSAL = re.compile(r"\bas an? (?:AI|artificial intelligence)(?: language)? (?
 _REPEATED = 30  # characters of a question from which an answer that begins with it repeats it
 
 
+REASONS = (
+    "the answer repeats the question",
+    "control tokens or a template's headings in a text",
+    "a character was lost (U+FFFD)",
+    "wrongly decoded text (such as Ã© for é)",
+    "a code block is opened and not closed",
+    'an answer speaks "as an AI language model"',
+)
+
+
 def find(messages: list[dict[str, Any]]) -> list[str]:
-    """The reasons to look at a row, each a text without this row's particulars."""
+    """The reasons to look at a row, of REASONS, in that order."""
     texts = [message["content"] for message in messages]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    found = []
-    if _repeats(messages):
-        found.append("the answer repeats the question")
-    if any(_CONTROL.search(text) for text in texts):
-        found.append("control tokens or a template's headings in a text")
-    if any("\ufffd" in text for text in texts):
-        found.append("a character was lost (U+FFFD)")
-    if any(_MOJIBAKE.search(text) for text in texts):
-        found.append("wrongly decoded text (such as Ã© for é)")
-    if any(len(_FENCE.findall(text)) % 2 for text in answers):
-        found.append("a code block is opened and not closed")
-    if any(_REFUSAL.search(text) for text in answers):
-        found.append('an answer speaks "as an AI language model"')
-    return found
+    found = (
+        _repeats(messages),
+        any(_CONTROL.search(text) for text in texts),
+        any("\ufffd" in text for text in texts),
+        any(_MOJIBAKE.search(text) for text in texts),
+        any(len(_FENCE.findall(text)) % 2 for text in answers),
+        any(_REFUSAL.search(text) for text in answers),
+    )
+    return [reason for reason, yes in zip(REASONS, found, strict=True) if yes]
 
 
 def _repeats(messages: list[dict[str, Any]]) -> bool:

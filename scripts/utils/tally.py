@@ -7,9 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from scripts.utils import files
 from scripts.utils.errors import UserError
-from scripts.utils.records import Record
+from scripts.utils.reading import Refused, refused
 
 REJECTED = "rejected.jsonl"
 
@@ -26,7 +25,9 @@ class Tally:
     splits: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    doubles: dict[str, str] = field(default_factory=dict)  # a few exact duplicates: id → file:line of the later row
+    doubles: dict[int, str] = field(
+        default_factory=dict
+    )  # a few exact duplicates: number of a row → place of a later one
     shapes: dict[str, str] = field(default_factory=dict)
     bridging: int = 0  # of the rejected: those that belong with rows of two splits, a fault of no row
     bridge_reasons: set[str] = field(default_factory=set)
@@ -40,31 +41,21 @@ class Tally:
             raise RuntimeError("the splits do not hold the rows that were kept")
 
 
-def reject(record: Record, output: IO[bytes], tally: Tally) -> None:
-    """Write the row with its place and reason, and count it."""
-    raw = record.raw
-    _reject(raw.file, raw.line, record.reason, record.detail, raw.text or raw.value, output, tally)
+def reject(file: str, row: Refused, output: IO[bytes], tally: Tally) -> None:
+    """Write a refused row of ``file``, and count it."""
+    tally.rejected[file] += 1
+    tally.reasons[row.reason] += 1
+    place = f"{file}:{row.line}"
+    tally.examples.setdefault(row.reason, f"{place} ({row.detail})" if row.detail else place)
+    output.write(row.json)
 
 
 def reject_bridge(row: dict[str, Any], reason: str, detail: str, output: IO[bytes], tally: Tally) -> None:
     """Reject a finished row that belongs with rows of two splits."""
     source = row.pop("source")
-    _reject(source["file"], source["line"], reason, detail, row, output, tally)
+    reject(source["file"], refused(source["file"], source["line"], reason, detail, row), output, tally)
     tally.bridging += 1
     tally.bridge_reasons.add(reason)
-
-
-def _reject(file: str, at: int, reason: str, detail: str, value: Any, output: IO[bytes], tally: Tally) -> None:
-    tally.rejected[file] += 1
-    tally.reasons[reason] += 1
-    place = f"{file}:{at}"
-    tally.examples.setdefault(reason, f"{place} ({detail})" if detail else place)
-    row = {"file": file, "line": at, "reason": f"{reason} ({detail})" if detail else reason}
-    try:
-        line = files.json_line(row | {"row": value})
-    except RecursionError:
-        line = files.json_line(row | {"row": None})
-    output.write(line)
 
 
 def refuse_bad_data(tally: Tally, max_rejected: float) -> None:
