@@ -64,6 +64,11 @@ def work(arguments: argparse.Namespace, config: "Config") -> int | None:
     }
     if old and not arguments.force and stages.up_to_date(where, stages.identity(inputs, settings)):
         console.result(f"process: up to date ({old['rows_out']:,} rows in {where}; FORCE=1 runs it again)")
+        counted = data_report.counted_for(where)
+        if counted not in ("", config.model.name) and model_store.present(config.model.name, config.model.revision):
+            console.note(
+                "process", f"the report counts tokens of {counted}; FORCE=1 counts those of {config.model.name}"
+            )
         return 0
     with files.replaced_folder(where, stages.MANIFEST) as new:
         given = splits.given_splits(paths)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -210,3 +211,33 @@ def test_a_hundred_long_texts_leave_a_small_report(run):
 def test_suspicious_rows_are_told_from_good_ones(question, answer, reason):
     found = suspicious.find([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
     assert len(found) == bool(reason) and reason in "".join(found)
+
+
+def test_another_model_is_said_when_nothing_is_done_again(run, capsys):
+    write("a.jsonl", KNOWN)
+    one, two = word_model(Path("one")), word_model(Path("two"))
+    assert run(f"model.name={one}") == 0
+    for name, said in (
+        (one, ""),
+        ("nobody/nothing", ""),
+        (two, f"counts tokens of {one}; FORCE=1 counts those of {two}"),
+    ):
+        capsys.readouterr()
+        assert process.main(["--config", "run.yaml", "--set", f"model.name={name}"]) == 0
+        shown = capsys.readouterr()
+        assert "up to date" in shown.out and said in shown.err and ("counts tokens" in shown.err) == bool(said)
+
+
+def test_without_the_library_for_near_duplicates_the_way_out_is_said(run, capsys, monkeypatch):
+    write("a.jsonl", KNOWN)
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    assert run() == 4
+    assert "needs the package rensa" in (said := capsys.readouterr().err) and "data.near_duplicates=off" in said
+    assert run("data.near_duplicates=off") == 0
+
+
+def test_a_bare_hub_name_is_told_how_to_be_asked_for(run, capsys):
+    assert run("data.raw=owner/set") == 2
+    assert "RAW=hub:owner/set" in capsys.readouterr().err
+    assert run("data.raw=raw/rows.jsonl") == 2
+    assert "hub:" not in capsys.readouterr().err

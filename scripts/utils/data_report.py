@@ -172,6 +172,12 @@ def write(folder: Path, report: dict[str, Any], title: str) -> None:
     files.write_text(folder / "report.html", page)
 
 
+def counted_for(folder: Path) -> str:
+    """The model whose tokens the report in ``folder`` counts, or nothing where there is no report."""
+    path = folder / "report.json"
+    return str(files.read_json(path)["tokens"]["model"]) if path.is_file() else ""
+
+
 def _load(model: Path) -> "Tokenizer | None":
     """The tokenizer of a model's folder without transformers, which takes seconds to import; None where it has no such file."""
     from tokenizers import Tokenizer

@@ -10,6 +10,8 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.utils.errors import MachineError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -48,7 +50,13 @@ def shingles(text: str) -> list[str]:
 
 def signature(messages: list[dict[str, Any]]) -> bytes:
     """The row's MinHash: 64 numbers of 32 bits, in this machine's byte order."""
-    from rensa import RMinHash
+    try:
+        from rensa import RMinHash
+    except ImportError as error:
+        raise MachineError(
+            f"looking for near duplicates needs the package rensa ({error})",
+            'run: make install; or go without: SET="data.near_duplicates=off"',
+        ) from error
 
     sketch = RMinHash(num_perm=PERMUTATIONS, seed=_SEED)
     sketch.update(shingles(text_of(messages)))

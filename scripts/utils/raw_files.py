@@ -8,6 +8,7 @@ field too many) comes out with a reason; a file that cannot (not UTF-8, a broken
 import csv
 import glob
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from scripts.utils.json_rows import BOM, RawRow, lines, parse, read_json
 
 TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")  # each also with .gz or .zst behind it
 READABLE = (*TEXT, *arrow_rows.SUFFIXES)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w-]*")  # owner/name; with a dot in the name it is a file
 # files whose name says JSON or CSV and whose bytes say otherwise; first bytes → what to call it
 _OTHER_KINDS = {
     b"\x1f\x8b": "packed twice",
@@ -51,7 +53,8 @@ def find_files(raw: str | Sequence[str]) -> tuple[list[Path], list[str]]:
                 raise UserError(f"no data: nothing has a name like {path.absolute()}", hint)
             found += _readable(entries, f"that {path} names", warnings, texts=".txt" in path.suffixes)
         elif not path.exists():
-            raise UserError(f"no data: {path.absolute()} does not exist", hint)
+            on_hub = f"; a data set of the hub is RAW=hub:{path}" if _HUB_NAME.fullmatch(str(path)) else ""
+            raise UserError(f"no data: {path.absolute()} does not exist", hint + on_hub)
         elif unpacked.suffix(path) not in READABLE:
             raise UserError(
                 f"{path.absolute()}: unknown kind of file", f"known are {', '.join(READABLE)}, also packed (.gz, .zst)"
