@@ -141,16 +141,18 @@ merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by
 	@$(PY) scripts/merge.py
 
 ##@ Develop
+# two files of tests at a time, in the order that tests/conftest.py gives them
+TWO_AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: install-dev test test-fast torture bench-data lint format clean clean-all
 install-dev: export SFT_EXTRAS = dev $(value EXTRAS)
 install-dev:
 	@env/install.sh
 
 test: install-dev ## install what the tests need and run them all
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(TWO_AT_ONCE)
 
 test-fast: install-dev ## the tests that take about 3 minutes together
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow" $(TWO_AT_ONCE)
 
 torture: install-dev ## kill a run at random and at every crash point of its saves, fill its disk, resume each time   KILLS=200
 	@$(PY) -m tests.torture
