@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,9 @@ from scripts.utils import (
     stamp,
 )
 from scripts.utils.config import run_name, to_yaml
-from scripts.utils.encoding import Encoded, Loss, fused_loss, packing_is_exact, summed_loss
+from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, Interrupted, RefusedError, UserError
+from scripts.utils.loss import Exact, Loss, find_exact, fused_loss, summed_loss, whole_loss
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -149,16 +150,22 @@ def train(
     if init and not checkpoint:
         initial.put(loaded.model, init)
         console.note("train", f"beginning with the adapter in {init.folder}")
-    loss = fused_loss if choice.actual == "unsloth" else summed_loss
-    if config.train.packing and not packing_is_exact(loaded.model, examples["train"], loss):
+    loss: Loss = fused_loss if choice.actual == "unsloth" else summed_loss
+    exact = find_exact(loaded.model, examples["train"], loss)
+    if loss is not fused_loss and not exact.chunked:
+        loss = whole_loss
+    if config.train.packing and not exact.packing:
         console.warn("with this backend and device, packed examples would see one another: packing is off")
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
+    exact = replace(exact, shared=exact.shared and config.train.packing and config.train.share_prefix)
+    say_exact(config, exact, loss is fused_loss)
     facts = {
         "backend": choice.facts(),
         "precision": asdict(precision),
         "attention": loaded.attention,
         "quantisation": loaded.quantisation,
         "packing": config.train.packing,
+        "engine": asdict(exact),
         "gradient_checkpointing": loaded.checkpointing,
         "hardware": asdict(machine),
         "versions": stamp.library_versions(),
@@ -194,7 +201,7 @@ def train(
     names = [f"{row['source']['file']}:{row['source']['line']}" for row in rows["train"]]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     trainer = make_trainer(
-        folder, config, loaded.model, loss, tokenizer, examples, names, machine, precision.actual, identity
+        folder, config, loaded.model, loss, exact, tokenizer, examples, names, machine, precision.actual, identity
     )
     fit(run, folder, config, trainer, checkpoint)
     hand_over(run, config, trainer, tokenizer, examples["train"])
@@ -228,6 +235,7 @@ def make_trainer(
     config: "Config",
     model: Any,
     loss: Loss,
+    exact: Exact,
     tokenizer: Any,
     examples: dict[str, list[Encoded]],
     row_names: list[str],
@@ -241,7 +249,7 @@ def make_trainer(
     from scripts.utils.schedule import make_schedule
     from scripts.utils.training import SFTTrainer, training_arguments
 
-    schedule = make_schedule(config, examples["train"])
+    schedule = make_schedule(config, examples["train"], exact.shared)
     trainer = SFTTrainer(
         model=model,
         args=training_arguments(config, folder, machine, precision, len(schedule.steps)),
@@ -253,6 +261,7 @@ def make_trainer(
         machine=machine,
         pad_id=tokenizer.pad_token_id or 0,
         loss=loss,
+        exact=exact,
         metrics_file=folder / "metrics.jsonl",
         identity=identity,
     )
@@ -315,6 +324,16 @@ def say_choices(
     if precision.changed:
         console.warn(f"precision {precision.requested} was asked for; training in {precision.actual}: {precision.why}")
     console.note("train", f"{choice.actual} on {machine.name} in {precision.actual} ({precision.why})")
+
+
+def say_exact(config: "Config", exact: "Exact", fused: bool) -> None:
+    """How the loss is computed, as it was found equal to the plain way on this model."""
+    if not config.train.packing:
+        return
+    how = ["attention by segment" if exact.segments else "attention masked over the whole row"]
+    how += ["shared beginnings computed once"] if exact.shared else []
+    how += ["the backend's own loss" if fused else "loss in chunks" if exact.chunked else "loss from whole logits"]
+    console.note("train", f"packed rows: {', '.join(how)}; compared with one example at a time")
 
 
 def summarise(run: str, trainer: Any, best: str | None) -> None:

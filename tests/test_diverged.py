@@ -9,8 +9,8 @@ import pytest
 
 from scripts import train
 from scripts.utils import callbacks, checkpoints, stamp
-from scripts.utils.encoding import summed_loss
 from scripts.utils.errors import DivergedError, MachineError
+from scripts.utils.loss import summed_loss
 from tests.test_train import RUN, losses, metrics, run_steps, weights
 
 pytestmark = pytest.mark.slow

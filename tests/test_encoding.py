@@ -6,8 +6,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scripts.utils.encoding import IGNORE, Encoded, batch_loss, encode, make_rows, pack, summed_loss, to_padded, to_row
-from tests.tiny_models import smollm2_tokenizer, tiny_llama
+from scripts.utils.encoding import IGNORE, Encoded, encode
+from scripts.utils.loss import batch_loss, summed_loss
+from scripts.utils.packing import make_rows, pack, to_padded, to_row
+from tests.tiny_models import FAMILIES, smollm2_tokenizer, tiny, tiny_llama
 
 lengths = st.lists(st.integers(1, 50), max_size=60)
 
@@ -86,48 +88,12 @@ def random_examples(count: int, seed: int = 0) -> list[Encoded]:
     return examples
 
 
-def small_models() -> list[tuple[str, object]]:
-    import torch
-    import transformers
-
-    shared = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    names = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3", "SmolLM3")
-    models = []
-    for name in names:
-        torch.manual_seed(0)
-        extra = {"head_dim": 8} if name in ("Qwen3", "Gemma2", "Gemma3Text") else {}
-        extra |= {"sliding_window": 16} if name in ("Mistral", "Gemma2", "Gemma3Text") else {}
-        config = getattr(transformers, f"{name}Config")(**shared, **extra)
-        model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
-        models.append((name, model))
-    return models
-
-
-def test_a_packed_row_has_the_loss_and_gradients_of_its_examples_alone() -> None:
-    import torch
-
-    examples = random_examples(6)
-    for name, model in small_models():
-        packed = summed_loss(model, to_row(examples))
-        packed.backward()  # type: ignore[no-untyped-call]
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
-        model.zero_grad()  # type: ignore[attr-defined]
-        alone = sum(summed_loss(model, to_row([example])) for example in examples)
-        alone.backward()  # type: ignore[union-attr]
-        assert torch.allclose(packed, alone, rtol=1e-5), name  # type: ignore[arg-type]
-        for n, p in model.named_parameters():  # type: ignore[attr-defined]
-            if p.grad is not None:
-                assert torch.allclose(p.grad, gradients[n], rtol=1e-3, atol=2e-4), f"{name} {n}"
-
-
 def test_padded_rows_have_the_loss_of_packed_ones() -> None:
     import torch
 
     examples = random_examples(5)
-    for name, model in small_models():
+    for name in FAMILIES:
+        model = tiny(name)
         assert torch.allclose(
             summed_loss(model, to_padded(examples, 0)), summed_loss(model, to_row(examples)), rtol=1e-5
         ), name

@@ -24,7 +24,9 @@ files yaml_text gguf_file unpacked hardware turns template_guard literals length
 training_state unsloth_probe json_rows splits continued near suspicious report_page
 arrow_rows
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
-command records model_hub embedded_model encoding metrics resume backends
+command records model_hub embedded_model encoding attention chunked_loss metrics resume backends
+packing
+loss
 data_hub reading
 model_store schedule adapters tally sources unsloth_child shown grouping
 data_report

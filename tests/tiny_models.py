@@ -49,6 +49,38 @@ def tiny_llama(*, seed: int = 0, context: int = 256, hidden: int = 32, vocab: in
         return LlamaForCausalLM(config).eval()
 
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
+
+
+def tiny(name: str, *, vocab: int = 300, seed: int = 0) -> Any:
+    """A random two-layer model of a family, in fp32; sliding windows of 16 tokens where the family has them."""
+    import torch
+    import transformers
+
+    kind = {
+        "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
+        "gemma3": "Gemma3Text", "phi3": "Phi3", "smollm3": "SmolLM3",
+    }[name]  # fmt: skip
+    extra: dict[str, Any] = {"head_dim": 8} if name in ("qwen3", "gemma2", "gemma3") else {}
+    extra |= {"sliding_window": 16} if name in ("mistral", "gemma2", "gemma3", "phi3") else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
 def teach(model: Any, pairs: Sequence[tuple[list[int], list[int]]], *, steps: int = 300, rate: float = 1e-2) -> Any:
     """Train ``model`` until it follows each prompt (ids) with its answer (ids, stop token included); about 40 steps."""
     import torch

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     Numbers = NDArray[np.integer[Any]]
 
 EXAMPLES = 10
-TOKEN_ROWS = 20_000  # rows whose tokens are counted at most
-_TOKEN_BYTES = 8_000_000  # of rows, at most: some seconds of work
+TOKEN_ROWS = 5_000  # rows whose tokens are counted at most
+_TOKEN_BYTES = 2_000_000  # of rows, at most: some seconds of work
 _TOKEN_BATCH = 500
 _ANSWERS = 10
 _BARS = 30

@@ -1,12 +1,11 @@
-"""Text as token ids: which carry loss, how examples share a row, and the loss over them.
+"""Text as token ids, and which of them carry loss.
 
 Text is tokenised segment by segment, cut where a span begins or ends, so that the ids of a prompt are the same
 whether an answer follows (training) or is awaited (inference). Masks are by position, never by id: in many models
 the padding token is the end token.
 """
 
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,8 @@ from scripts.utils.chat import Prompt, Span
 from scripts.utils.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
-Loss = Callable[[Any, dict[str, "torch.Tensor"]], "torch.Tensor"]
 IGNORE = -100  # label of a position without loss, as torch's cross_entropy has it
 
 
@@ -147,141 +144,3 @@ def _encode_whole(tokenizer: Any, text: str, spans: list[Span], literals: list[S
         ids.append(token)
         trained.append(any(inside))
     return Encoded(ids, trained)
-
-
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: put examples (by index) into rows of at most ``budget`` tokens.
-
-    An example longer than the budget gets a row of its own. Deterministic.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        fitting = [(left, number) for number, left in enumerate(room) if left >= length]
-        if fitting:
-            _, number = min(fitting)
-            rows[number].append(index)
-            room[number] -= length
-        else:
-            rows.append([index])
-            room.append(budget - length)
-    return rows
-
-
-def make_rows(
-    examples: Sequence[Encoded], *, budget: int, batch_size: int, packing: bool, seed: int
-) -> list[list[int]]:
-    """The micro batches of one pass over the data, each a list of example indices.
-
-    With packing a micro batch is one row of at most ``budget`` tokens; examples are shuffled before they are packed
-    in windows, so that rows mix lengths and the order is random, but the same for the same seed.
-    """
-    order = list(range(len(examples)))
-    shuffler = random.Random(seed)
-    shuffler.shuffle(order)
-    if not packing:
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rows: list[list[int]] = []
-    window = 1024  # packs tightly enough and keeps best-fit's cost small on large data
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        rows += [[part[i] for i in row] for row in pack([len(examples[i].ids) for i in part], budget)]
-    shuffler.shuffle(rows)
-    return rows
-
-
-def to_row(examples: Sequence[Encoded]) -> dict[str, "torch.Tensor"]:
-    """Examples side by side in one row without padding.
-
-    ``input_ids``, ``position_ids``, ``shift_labels``: int64 [1, tokens]. Positions restart at each example, which is
-    how transformers knows that attention must not cross; ``shift_labels[t]`` is the token that position t must
-    predict, or -100.
-    """
-    import torch
-
-    ids: list[int] = []
-    positions: list[int] = []
-    labels: list[int] = []
-    for example in examples:
-        ids += example.ids
-        positions += range(len(example.ids))
-        labels += _shifted(example)
-    return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "shift_labels": torch.tensor([labels]),
-    }
-
-
-def to_padded(examples: Sequence[Encoded], pad_id: int) -> dict[str, "torch.Tensor"]:
-    """One example a row, padded on the right: int64 [examples, longest]."""
-    import torch
-
-    longest = max(len(example.ids) for example in examples)
-    ids = [example.ids + [pad_id] * (longest - len(example.ids)) for example in examples]
-    mask = [[1] * len(example.ids) + [0] * (longest - len(example.ids)) for example in examples]
-    labels = [_shifted(example) + [IGNORE] * (longest - len(example.ids)) for example in examples]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "shift_labels": torch.tensor(labels)}
-
-
-def _shifted(example: Encoded) -> list[int]:
-    following = zip(example.ids[1:], example.trained[1:], strict=True)
-    return [token if inside else IGNORE for token, inside in following] + [IGNORE]
-
-
-def summed_loss(model: Any, row: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-    """Sum of the cross entropies (natural log) over the row's trained tokens, differentiable.
-
-    Logits are computed only at positions where some label is, by the 1-D index that transformers' models take as
-    ``logits_to_keep``; with most rows being prompt, that spares most of the [tokens, vocabulary] matrix.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    inputs = {name: value for name, value in row.items() if name != "shift_labels"}
-    labels = row["shift_labels"]
-    keep = torch.nonzero((labels != IGNORE).any(0)).squeeze(-1)
-    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
-    targets = labels[:, keep]
-    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def fused_loss(model: Any, row: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-    """The same sum from a model whose own forward computes the loss (Unsloth's fused one): unshifted labels, a mean."""
-    import torch
-
-    labels = torch.full_like(row["input_ids"], IGNORE)
-    labels[:, 1:] = row["shift_labels"][:, :-1]
-    inputs = {name: value for name, value in row.items() if name != "shift_labels"}
-    return model(**inputs, labels=labels).loss * (labels != IGNORE).sum()
-
-
-def batch_loss(
-    model: Any, examples: Sequence[Encoded], budget: int, *, packing: bool = True, loss: Loss = summed_loss
-) -> tuple[float, int]:
-    """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it."""
-    import torch
-
-    device = next(model.parameters()).device
-    rows = pack([len(example.ids) for example in examples], budget) if packing else [[i] for i in range(len(examples))]
-    total = 0.0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for indices in rows:
-            row = {name: value.to(device) for name, value in to_row([examples[i] for i in indices]).items()}
-            if bool((row["shift_labels"] != IGNORE).any()):
-                total += float(loss(model, row))
-    model.train(was_training)
-    return total, sum(example.trained_tokens for example in examples)
-
-
-def packing_is_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss) -> bool:
-    """Whether two examples in one row have the loss that they have alone, on this model, device and kernels."""
-    pair = sorted(examples, key=lambda example: len(example.ids))[:2]
-    if len(pair) < 2:
-        return True
-    together, _ = batch_loss(model, pair, budget=1 << 30, loss=loss)
-    alone, _ = batch_loss(model, pair, budget=1, loss=loss)
-    return abs(together - alone) <= 1e-2 * abs(alone)

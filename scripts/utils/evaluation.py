@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from scripts.utils import console, metrics, rendered
-from scripts.utils.encoding import batch_loss
 from scripts.utils.generation import Generated, check_lengths, generate
+from scripts.utils.loss import batch_loss, find_exact, summed_loss, whole_loss
 from scripts.utils.trained import Trained, adapter_off
 
 if TYPE_CHECKING:
@@ -50,9 +50,11 @@ def evaluate(trained: Trained, side: Side, rows: list[dict[str, Any]], config: "
     total, count = 0.0, 0
     budget = min(trained.stamp["render"]["max_length"], trained.max_length)
     examples = rendered.to_examples(trained.tokenizer, rows)
+    exact = find_exact(trained.model, examples)
+    way = summed_loss if exact.chunked else whole_loss
     for start in range(0, len(rows), _CHUNK):
         part = examples[start : start + _CHUNK]
-        loss, tokens = batch_loss(trained.model, part, budget)
+        loss, tokens = batch_loss(trained.model, part, budget, packing=exact.packing, loss=way, shared=exact.shared)
         total, count = total + loss, count + tokens
         progress.advance(len(part))
     progress.close()

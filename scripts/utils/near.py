@@ -44,7 +44,7 @@ def shingles(text: str) -> list[str]:
     words = text.casefold().split()
     plain = " ".join(words)
     if len(words) >= _FEW_WORDS and len(plain) <= _LONG_WORDS * len(words):
-        return [" ".join(words[at : at + 3]) for at in range(len(words) - 2)]
+        return list(map(" ".join, zip(words, words[1:], words[2:], strict=False)))
     return [plain[at : at + 5] for at in range(max(len(plain) - 4, 1))]
 
 

@@ -7,11 +7,12 @@ uninterrupted one would have seen: nothing random happens inside a loader, a col
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
-from scripts.utils.encoding import Encoded, make_rows, to_padded, to_row
+from scripts.utils.encoding import Encoded
+from scripts.utils.packing import make_rows
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -33,7 +34,7 @@ def row_budget(config: "Config") -> int:
     return config.train.pack_length or config.render.max_length * config.train.batch_size
 
 
-def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
+def make_schedule(config: "Config", examples: Sequence[Encoded], shared: bool = False) -> Schedule:
     """Shuffle and pack each epoch anew by the seed; a step never holds rows of two epochs.
 
     ``train.max_steps`` wins over ``train.epochs``; a fraction of an epoch is a fraction of the first one's steps.
@@ -46,7 +47,9 @@ def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
     wanted = per_epoch = 0
     for epoch in itertools.count():
         seed = train.seed * 100_003 + epoch
-        rows = make_rows(examples, budget=budget, batch_size=train.batch_size, packing=train.packing, seed=seed)
+        rows = make_rows(
+            examples, budget=budget, batch_size=train.batch_size, packing=train.packing, seed=seed, shared=shared
+        )
         steps += [rows[start : start + group] for start in range(0, len(rows), group)]
         per_epoch = per_epoch or len(steps)
         whole, part = divmod(train.epochs, 1)
@@ -61,15 +64,14 @@ def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
     return Schedule(steps[:wanted], frozenset(ends), per_epoch)
 
 
-class Steps(Dataset[list[dict[str, Any]]]):
-    """One item an optimizer step: its micro batches as tensors."""
+class Steps(Dataset[Step]):
+    """One item an optimizer step: its micro batches as lists of examples' numbers."""
 
-    def __init__(self, schedule: Schedule, examples: Sequence[Encoded], packing: bool, pad_id: int) -> None:
-        self.schedule, self.examples, self.packing, self.pad_id = schedule, examples, packing, pad_id
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
 
     def __len__(self) -> int:
         return len(self.schedule.steps)
 
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        rows = [[self.examples[i] for i in row] for row in self.schedule.steps[index]]
-        return [to_row(row) if self.packing else to_padded(row, self.pad_id) for row in rows]
+    def __getitem__(self, index: int) -> Step:
+        return self.schedule.steps[index]

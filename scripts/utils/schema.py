@@ -88,6 +88,7 @@ class TrainSection(Section):
     batch_size: Positive = 1
     gradient_accumulation: Positive = 8
     packing: bool = True
+    share_prefix: bool = True
     pack_length: Annotated[int, Field(ge=8)] | None = None
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

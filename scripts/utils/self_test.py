@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.utils import console, files, trained
-from scripts.utils.encoding import Encoded, batch_loss
+from scripts.utils.encoding import Encoded
 from scripts.utils.errors import MachineError, RefusedError
+from scripts.utils.loss import batch_loss
 
 SECONDS = 900
 # relative and absolute, of the mean loss a token: 16-bit kernels differ between a training and an inference process

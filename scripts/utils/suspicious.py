@@ -29,13 +29,15 @@ def find(messages: list[dict[str, Any]]) -> list[str]:
     """The reasons to look at a row, of REASONS, in that order."""
     texts = [message["content"] for message in messages]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    # most rows hold none of this, and a plain search says so ten times faster than a pattern
+    odd = [text for text in texts if not text.isascii()]
     found = (
         _repeats(messages),
-        any(_CONTROL.search(text) for text in texts),
-        any("\ufffd" in text for text in texts),
-        any(_MOJIBAKE.search(text) for text in texts),
-        any(len(_FENCE.findall(text)) % 2 for text in answers),
-        any(_REFUSAL.search(text) for text in answers),
+        any(_CONTROL.search(text) for text in texts if "<" in text or "[" in text or "###" in text),
+        any("\ufffd" in text for text in odd),
+        any(_MOJIBAKE.search(text) for text in odd),
+        any(len(_FENCE.findall(text)) % 2 for text in answers if "```" in text),
+        any(_REFUSAL.search(text) for text in answers if "as a" in text.casefold()),
     )
     return [reason for reason, yes in zip(REASONS, found, strict=True) if yes]
 

@@ -15,9 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from scripts.utils import adapters, checkpoints, console, files, hardware, stamp, training_state
-from scripts.utils.encoding import IGNORE, Encoded, Loss, batch_loss
+from scripts.utils.attention import by_segment
+from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, MachineError, RefusedError
-from scripts.utils.schedule import Schedule, Steps, row_budget
+from scripts.utils.loss import Exact, Loss, batch_loss
+from scripts.utils.packing import Row, split_indices, to_padded, to_row
+from scripts.utils.schedule import Schedule, Step, Steps, row_budget
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -56,20 +59,20 @@ class SFTTrainer(Trainer):
         machine: hardware.Hardware,
         pad_id: int,
         loss: Loss,
+        exact: Exact,
         metrics_file: Path,
         identity: dict[str, Any],
         **options: Any,
     ) -> None:
         self.config, self.schedule, self.examples, self.val = config, schedule, examples, val
         self.row_names, self.machine, self.loss, self.metrics_file = row_names, machine, loss, metrics_file
-        self.identity = identity
+        self.identity, self.exact, self.pad_id = identity, exact, pad_id
         self.chooses_best = bool(val) and config.train.chooses_best
         self.run_state = RunState()
         self.checkpoint_bytes = 0
         self._staging: Path | None = None
         self._restored: dict[str, Any] = {}
-        dataset = Steps(schedule, examples, config.train.packing, pad_id)
-        super().__init__(train_dataset=dataset, **options)
+        super().__init__(train_dataset=Steps(schedule), **options)
         self.model_accepts_loss_kwargs = True  # losses are normalised here, not once more by the Trainer
 
     def get_train_dataloader(self) -> Any:
@@ -81,13 +84,14 @@ class SFTTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate wants one dict of tensors, and is shown nowhere
 
-    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's forward and backward passes; the whole step again in halves when memory runs out."""
         model.train()
         draws = training_state.random_state() if self.config.lora.dropout else None
         while True:
             try:
-                total, tokens = self._accumulate(model, inputs)
+                with by_segment(model, self.exact.segments and self.config.train.packing):
+                    total, tokens = self._accumulate(model, inputs)
                 break
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -113,13 +117,12 @@ class SFTTrainer(Trainer):
             return total
         return self._pass_over(reason)
 
-    def _accumulate(self, model: Any, inputs: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
-        count = sum(int((row["shift_labels"] != IGNORE).sum()) for row in inputs)
+    def _accumulate(self, model: Any, inputs: Step) -> tuple[torch.Tensor, int]:
+        count = sum(self.examples[i].trained_tokens for row in inputs for i in row)
         total, tokens = torch.zeros((), device=self.args.device), 0
-        for row in (part for whole in inputs for part in split_row(whole, self.run_state.divisor)):
-            mask = row.get("attention_mask")
-            tokens += int(mask.sum()) if mask is not None else row["input_ids"].numel()
-            row = self._prepare_inputs(row)
+        for indices in (part for row in inputs for part in self._parts(row, self.run_state.divisor)):
+            tokens += sum(len(self.examples[i].ids) for i in indices)
+            row = self._prepare_inputs(self._to_row(indices))
             with self.compute_loss_context_manager():
                 loss = self.loss(model, row) / max(count, 1)
             total += loss.detach()
@@ -128,9 +131,16 @@ class SFTTrainer(Trainer):
             self.accelerator.backward(loss)
         return total, tokens
 
-    def _halve(self, inputs: list[dict[str, Any]], error: Exception) -> None:
+    def _to_row(self, indices: list[int]) -> Row:
+        examples = [self.examples[i] for i in indices]
+        return to_row(examples, self.exact.shared) if self.config.train.packing else to_padded(examples, self.pad_id)
+
+    def _parts(self, row: list[int], parts: int) -> list[list[int]]:
+        return split_indices(row, parts, [len(self.examples[i].ids) for i in row])
+
+    def _halve(self, inputs: Step, error: Exception) -> None:
         """Cut micro batches into twice as many parts; raise when each is a single example already."""
-        largest = max(len(split_row(row, 1 << 30)) for row in inputs)
+        largest = max(len(row) for row in inputs)
         if self.run_state.divisor >= largest:
             length = self.config.render.max_length
             raise MachineError(
@@ -210,7 +220,14 @@ class SFTTrainer(Trainer):
         """Loss and perplexity over the trained tokens of the val rows, by the packed path that training takes."""
         with self.compute_loss_context_manager():
             budget = row_budget(self.config) // self.run_state.divisor
-            total, count = batch_loss(self.model, self.val, budget, packing=self.config.train.packing, loss=self.loss)
+            total, count = batch_loss(
+                self.model,
+                self.val,
+                budget,
+                packing=self.config.train.packing,
+                loss=self.loss,
+                shared=self.exact.shared,
+            )
         loss = total / max(count, 1)
         if not math.isfinite(loss):  # before it is logged: no NaN reaches the disk
             raise DivergedError(
@@ -349,27 +366,6 @@ def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def split_row(row: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Cut a micro batch into at most ``parts`` micro batches of whole examples, about equally long."""
-    if parts <= 1:
-        return [row]
-    if "attention_mask" in row:
-        size = len(row["input_ids"])
-        pieces = [p for p in torch.arange(size).chunk(min(parts, size)) if len(p)]
-        return [{name: value[piece] for name, value in row.items()} for piece in pieces]
-    starts = torch.nonzero(row["position_ids"][0] == 0).squeeze(-1).tolist()
-    length = row["input_ids"].shape[1]
-    step = length / min(parts, len(starts))
-    cuts = [0]
-    for start in starts[1:]:
-        if start >= step * len(cuts) or parts >= len(starts):
-            cuts.append(start)
-    return [
-        {name: value[:, begin:end] for name, value in row.items()}
-        for begin, end in zip(cuts, [*cuts[1:], length], strict=True)
-    ]
 
 
 def optimizer_name(config: "Config", machine: hardware.Hardware) -> str:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.utils import backends, hardware, unsloth_probe
-from scripts.utils.encoding import Encoded, fused_loss, to_row
+from scripts.utils.encoding import Encoded
+from scripts.utils.loss import fused_loss
+from scripts.utils.packing import to_row
 from scripts.utils.schema import Config
 from scripts.utils.unsloth_probe import Kind
 

@@ -1,0 +1,151 @@
+"""The loss over a row: the sum of the cross entropies over its trained tokens, whatever shares the row.
+
+``summed_loss`` computes logits at trained positions only, a chunk at a time, with their gradient at once, so the
+[tokens, vocabulary] matrix never exists; ``whole_loss`` is the plain way, which it is compared with at the start of each run.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scripts.utils.encoding import IGNORE, Encoded
+from scripts.utils.packing import Row, rows_in_order, to_row
+
+if TYPE_CHECKING:
+    import torch
+
+Loss = Callable[[Any, Row], "torch.Tensor"]
+
+
+def whole_loss(model: Any, row: Row) -> "torch.Tensor":
+    """By the model's own logits, at the positions where some label is."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    labels = row["shift_labels"]
+    keep = torch.nonzero((labels != IGNORE).any(0)).squeeze(-1)
+    logits = model(**_inputs(model, row), logits_to_keep=keep, use_cache=False).logits
+    targets = labels[:, keep]
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def summed_loss(model: Any, row: Row) -> "torch.Tensor":
+    """As ``whole_loss``, in chunks; a model that is not built of a backbone and a linear head has its loss the plain way."""
+    from scripts.utils.chunked_loss import ChunkedLoss
+
+    parts = _parts(model)
+    if parts is None:
+        return whole_loss(model, row)
+    backbone, head, cap, scale = parts
+    hidden = backbone(**_inputs(model, row), use_cache=False).last_hidden_state
+    labels = row["shift_labels"].to(hidden.device)
+    trained = labels != IGNORE
+    return ChunkedLoss.apply(hidden[trained], head.weight, head.bias, labels[trained], cap, scale)
+
+
+def fused_loss(model: Any, row: Row) -> "torch.Tensor":
+    """The same sum from a model whose own forward computes the loss (Unsloth's fused one): unshifted labels, a mean."""
+    import torch
+
+    labels = torch.full_like(row["input_ids"], IGNORE)
+    labels[:, 1:] = row["shift_labels"][:, :-1]
+    return model(**_inputs(model, row), labels=labels).loss * (labels != IGNORE).sum()
+
+
+def _inputs(model: Any, row: Row) -> dict[str, Any]:
+    from scripts.utils.attention import is_segmented
+
+    leave_out = {"shift_labels"} if is_segmented(model) else {"shift_labels", "segments"}
+    return {name: value for name, value in row.items() if name not in leave_out}
+
+
+def _parts(model: Any) -> tuple[Any, Any, float, float] | None:
+    """Backbone, linear head, the cap of the logits (0: none) and their factor; None where the model is built otherwise."""
+    import torch
+
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if backbone is None or type(head) is not torch.nn.Linear:
+        return None
+    config = causal.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return backbone, head, getattr(config, "final_logit_softcapping", None) or 0.0, scale
+
+
+def batch_loss(
+    model: Any,
+    examples: Sequence[Encoded],
+    budget: int,
+    *,
+    packing: bool = True,
+    loss: Loss = summed_loss,
+    shared: bool = False,
+) -> tuple[float, int]:
+    """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it."""
+    import torch
+
+    from scripts.utils.attention import by_segment
+
+    device = next(model.parameters()).device
+    rows = rows_in_order(examples, budget, shared) if packing else [[i] for i in range(len(examples))]
+    total = 0.0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), by_segment(model):
+        for indices in rows:
+            row = on_device(to_row([examples[i] for i in indices], shared), device)
+            if bool((row["shift_labels"] != IGNORE).any()):
+                total += float(loss(model, row))
+    model.train(was_training)
+    return total, sum(example.trained_tokens for example in examples)
+
+
+def on_device(row: Row, device: Any) -> Row:
+    import torch
+
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What was compared on the loaded model and found to change no loss, and what was not."""
+
+    packing: bool
+    segments: bool
+    shared: bool
+    chunked: bool
+
+
+def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss) -> Exact:
+    """Compare the ways of computing the loss of a few short examples with the plain one, each alone."""
+    import torch
+
+    from scripts.utils.attention import by_segment, can_segment
+
+    pair = sorted(examples, key=lambda example: len(example.ids))[:2]
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    segments = can_segment(model) and loss is not fused_loss
+
+    def total(rows: Sequence[Sequence[Encoded]], way: Loss, segmented: bool, shared: bool = False) -> float:
+        was_training, device = model.training, next(model.parameters()).device
+        model.eval()
+        with torch.no_grad(), by_segment(model) if segmented else nullcontext():
+            found = sum(float(way(model, on_device(to_row(row, shared), device))) for row in rows)
+        model.train(was_training)
+        return found
+
+    plain = total([[example] for example in pair], fused_loss if loss is fused_loss else whole_loss, False)
+
+    def same(found: float, wanted: float = plain) -> bool:
+        return abs(found - wanted) <= tolerance * abs(wanted) + 1e-6
+
+    chunked = loss is fused_loss or same(total([[example] for example in pair], summed_loss, False))
+    way = loss if loss is fused_loss or chunked else whole_loss
+    segments = segments and same(total([pair], way, True))
+    packing = segments or same(total([pair], way, False))
+    twice = [pair[0], pair[0]]
+    alone = total([[pair[0]]], way, False)
+    shared = segments and same(total([twice], way, True, shared=True), 2 * alone)
+    return Exact(packing, segments, shared, chunked and loss is not fused_loss)

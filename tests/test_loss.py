@@ -1,0 +1,200 @@
+"""Packed rows, shared beginnings and the loss in chunks change no loss and no gradient, in every architecture."""
+
+import copy
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.utils import chunked_loss
+from scripts.utils.attention import NAME, by_segment, can_segment, is_segmented
+from scripts.utils.encoding import Encoded
+from scripts.utils.loss import batch_loss, find_exact, on_device, summed_loss, whole_loss
+from scripts.utils.packing import make_rows, pack, rows_in_order, shared_prefixes, split_indices, to_row
+from tests.tiny_models import FAMILIES, tiny
+
+VOCAB = 300
+
+
+def examples(count: int = 6, prefix: int = 0, seed: int = 1) -> list[Encoded]:
+    """Rows of different lengths, each with a question and a trained answer, after the same ``prefix`` tokens."""
+    chosen = random.Random(seed)
+    begin = [chosen.randrange(VOCAB) for _ in range(prefix)]
+    made = []
+    for _ in range(count):
+        asked, answered = chosen.randint(3, 20), chosen.randint(1, 15)
+        ids = begin + [chosen.randrange(VOCAB) for _ in range(asked + answered)]
+        made.append(Encoded(ids, [False] * (prefix + asked) + [True] * answered))
+    return made
+
+
+def gradients(model: Any, total: torch.Tensor) -> torch.Tensor:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, trained)])
+
+
+@pytest.mark.parametrize("prefix", [0, 40])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_packed_row_has_the_loss_and_gradients_of_its_examples_alone(name: str, prefix: int) -> None:
+    model = tiny(name, vocab=VOCAB).eval()
+    rows = examples(prefix=prefix)
+    alone = sum(whole_loss(model, to_row([row])) for row in rows)
+    wanted = gradients(model, alone)
+    assert can_segment(model)
+    with by_segment(model):
+        together = summed_loss(model, packed := to_row(rows, shared=True))
+        found = gradients(model, together)
+    assert packed["input_ids"].shape[1] == sum(len(row.ids) for row in rows) - prefix * (len(rows) - 1)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=float(wanted.abs().max()) * 1e-4)
+    assert model.config._attn_implementation == "sdpa", "as it was"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_compared_at_the_start_of_a_run_is_exact_for_every_family(name: str) -> None:
+    exact = find_exact(tiny(name, vocab=VOCAB), examples())
+    assert exact.packing and exact.segments and exact.shared and exact.chunked
+
+
+def test_a_model_that_looks_across_examples_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.utils import attention
+
+    model = tiny("llama", vocab=VOCAB)
+    real = attention._forward
+    monkeypatch.setattr(
+        attention, "_forward",
+        lambda *a, segments, **o: real(*a, segments=[(0, max(s[1] for s in segments), 0, 0)], **o),
+    )  # fmt: skip
+    exact = find_exact(model, examples())
+    assert not exact.segments and not exact.shared and exact.packing, "the mask over the whole row is exact still"
+
+
+def test_a_head_that_is_not_what_it_seems_falls_back_to_whole_logits() -> None:
+    model = tiny("llama", vocab=VOCAB)
+    forward = type(model).forward
+
+    def doubled(self: Any, *arguments: Any, **options: Any) -> Any:
+        done = forward(self, *arguments, **options)
+        done.logits = done.logits * 2
+        return done
+
+    model.forward = doubled.__get__(model)
+    assert not find_exact(model, examples()).chunked
+    assert find_exact(tiny("llama", vocab=VOCAB), examples()).chunked
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * VOCAB, 2**24])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_size_of_the_chunks_changes_nothing(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "_CHUNK", chunk)
+    model = tiny(name, vocab=VOCAB)
+    row = to_row(examples(20))
+    for part in (model, copy.deepcopy(model).requires_grad_(False)):
+        if part is not model:
+            part.get_input_embeddings().weight.requires_grad_(True)
+        one, two = whole_loss(part, row), summed_loss(part, row)
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+        wanted = gradients(part, one)
+        torch.testing.assert_close(gradients(part, two), wanted, rtol=1e-3, atol=float(wanted.abs().max()) * 1e-5)
+
+
+def test_checkpointed_layers_get_their_segments_again_on_the_way_back() -> None:
+    model = tiny("llama", vocab=VOCAB).train()
+    rows = examples(prefix=30)
+    with by_segment(model):
+        wanted = gradients(model, summed_loss(model, to_row(rows, shared=True)))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = gradients(model, summed_loss(model, to_row(rows, shared=True)))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_evaluation_in_rows_of_any_size_has_one_loss(shared: bool) -> None:
+    model, rows = tiny("qwen2", vocab=VOCAB), examples(12, prefix=20)
+    totals = [batch_loss(model, rows, budget, shared=shared) for budget in (1, 90, 200, 4000)]
+    alone = batch_loss(model, rows, 1, packing=False, loss=whole_loss)
+    for total, count in totals:
+        assert total == pytest.approx(alone[0], rel=1e-5) and count == alone[1]
+
+
+def test_rows_that_are_not_packed_never_meet_attention_by_segment() -> None:
+    model = tiny("llama", vocab=VOCAB)
+    with by_segment(model, wanted=False):
+        assert not is_segmented(model)
+    with by_segment(model):
+        assert model.config._attn_implementation == NAME
+    assert not is_segmented(model)
+
+
+# --- which examples share a row, and which a beginning
+
+
+@st.composite
+def many(draw: st.DrawFn) -> list[Encoded]:
+    styles = draw(st.lists(st.lists(st.integers(0, 3), max_size=40), min_size=1, max_size=3))
+    made = []
+    for _ in range(draw(st.integers(1, 30))):
+        begin = draw(st.sampled_from(styles))
+        asked = draw(st.lists(st.integers(0, 9), max_size=6))
+        answer = draw(st.lists(st.integers(0, 9), min_size=2, max_size=6))
+        made.append(Encoded(begin + asked + answer, [False] * len(begin + asked) + [True] * len(answer)))
+    return made
+
+
+def size_of(group: list[Encoded]) -> int:
+    return int(to_row(group, shared=True)["input_ids"].shape[1])
+
+
+@given(many(), st.integers(1, 120), st.booleans(), st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_every_example_is_in_one_row_that_fits(rows: list[Encoded], budget: int, packing: bool, seed: int) -> None:
+    made = make_rows(rows, budget=budget, batch_size=3, packing=packing, seed=seed, shared=True)
+    assert made == make_rows(rows, budget=budget, batch_size=3, packing=packing, seed=seed, shared=True)
+    assert sorted(itertools.chain(*made)) == list(range(len(rows)))
+    if packing:
+        assert all(len(row) == 1 or size_of([rows[i] for i in row]) <= budget for row in made)
+        assert sorted(itertools.chain(*rows_in_order(rows, budget, True))) == list(range(len(rows)))
+
+
+@given(many())
+@settings(max_examples=150, deadline=None)
+def test_a_row_holds_each_example_behind_its_beginning_and_each_label_once(rows: list[Encoded]) -> None:
+    row = to_row(rows, shared=True)
+    ids, positions, labels = (row[name][0].tolist() for name in ("input_ids", "position_ids", "shift_labels"))
+    assert [end for _, end, _, _ in row["segments"]] == [start for start, _, _, _ in row["segments"][1:]] + [len(ids)]
+    prefixes = {(start, end) for _, _, start, end in row["segments"] if end}
+    seen = []
+    for start, end, before, before_end in row["segments"]:
+        if (start, end) in prefixes:
+            assert set(labels[start:end]) == {-100}, "a shared beginning predicts nothing"
+            continue
+        whole = ids[before:before_end] + ids[start:end]
+        assert positions[before:before_end] + positions[start:end] == list(range(len(whole)))
+        seen.append((whole, [label for label in labels[start:end] if label != -100]))
+    wanted = [(row.ids, [i for i, yes in zip(row.ids[1:], row.trained[1:], strict=True) if yes]) for row in rows]
+    assert sorted(seen) == sorted(wanted)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 20))
+def test_a_micro_batch_falls_into_as_many_parts_as_asked_for(lengths: list[int], parts: int) -> None:
+    row = list(range(100, 100 + len(lengths)))
+    pieces = split_indices(row, parts, lengths)
+    assert list(itertools.chain(*pieces)) == row and len(pieces) == min(parts, len(row)) and all(pieces)
+
+
+def test_a_style_is_computed_once_a_row() -> None:
+    rows = examples(20, prefix=200)
+    [(length, members)] = shared_prefixes(rows)
+    assert length == 200 and members == list(range(20))
+    budget = 512
+    shared = make_rows(rows, budget=budget, batch_size=1, packing=True, seed=0, shared=True)
+    assert len(shared) < len(pack([len(row.ids) for row in rows], budget)) / 2
+
+
+def test_tensors_move_and_segments_stay() -> None:
+    row = to_row(examples(2))
+    assert on_device(row, "cpu")["segments"] == row["segments"]
