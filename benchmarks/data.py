@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.measured import Measured, run
@@ -50,23 +51,20 @@ def write_rows(path: Path, count: int) -> None:
             file.write(line + "\n")
 
 
-def measure(count: int, base: Path) -> list[tuple[str, Measured, Measured, Measured]]:
-    """For each step: ours, the peer's, and ours once more, which has nothing to do."""
+def measure(count: int, base: Path, alone: bool) -> Iterator[tuple[str, Measured, Measured | None, Measured]]:
+    """For each step: ours, the peer's (not with ``alone``), and ours once more, which has nothing to do."""
     folder = base / str(count)
     folder.mkdir()
     write_rows(folder / "rows.jsonl", count)
     (folder / "run.yaml").write_text(f"data: {{raw: rows.jsonl}}\nmodel: {{name: {MODEL}}}\n")
-    found = []
     for step in STEPS:
         command = [sys.executable, str(ROOT / "scripts" / f"{step}.py"), "--config", "run.yaml"]
         command += ["--style", STYLE] if step == "style" else []
         mine = run(command, folder)
-        theirs = run([sys.executable, "-m", "benchmarks.data_peer", step, str(folder)], folder)
+        theirs = None if alone else run([sys.executable, "-m", "benchmarks.data_peer", step, str(folder)], folder)
         again = run(command, folder)
-        found.append((step, mine, theirs, again))
-        print(f"  {count:,} rows, {step}: {mine.seconds:.1f} s, datasets.map {theirs.seconds:.1f} s", file=sys.stderr)
+        yield step, mine, theirs, again
     shutil.rmtree(folder)
-    return found
 
 
 def main() -> None:
@@ -74,20 +72,22 @@ def main() -> None:
     parser.add_argument(
         "--rows", default=os.environ.get("SFT_ROWS") or "1000,100000,1000000", help="sizes, with commas"
     )
-    sizes = [int(size) for size in parser.parse_args().rows.split(",")]
+    parser.add_argument("--alone", action="store_true", help="without datasets.map, which takes most of the time")
+    arguments = parser.parse_args()
+    sizes = [int(size) for size in arguments.rows.split(",")]
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ.setdefault("SFT_MODEL_CACHE", str(ROOT / ".cache" / "models"))
     print("| rows | step | rows/s | datasets.map | ratio | peak memory | datasets.map | second run |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory(prefix="bench-data-") as base:
         for count in sizes:
-            for step, mine, theirs, again in measure(count, Path(base)):
-                print(
-                    f"| {count:,} | {step} | {count / mine.seconds:,.0f} | {count / theirs.seconds:,.0f} "
-                    f"| {theirs.seconds / mine.seconds:.2f} | {mine.peak_bytes >> 20:,} MiB | {theirs.peak_bytes >> 20:,} MiB "
-                    f"| {again.seconds:.1f} s |",
-                    flush=True,
+            for step, mine, theirs, again in measure(count, Path(base), arguments.alone):
+                cells = [f"{count:,}", step, f"{count / mine.seconds:,.0f}"]
+                cells += (
+                    [f"{count / theirs.seconds:,.0f}", f"{theirs.seconds / mine.seconds:.2f}"] if theirs else ["", ""]
                 )
+                cells += [f"{mine.peak_bytes >> 20:,} MiB", f"{theirs.peak_bytes >> 20:,} MiB" if theirs else ""]
+                print(f"| {' | '.join([*cells, f'{again.seconds:.1f} s'])} |", flush=True)
 
 
 if __name__ == "__main__":
