@@ -103,7 +103,7 @@ full-pipeline: train ## everything: process, style, render, train, eval
 	@$(PY) scripts/eval.py
 
 ##@ Train
-.PHONY: train train-bnb train-unsloth train-bnb-tb train-unsloth-tb tensorboard tb-stop
+.PHONY: train train-bnb train-unsloth train-bnb-tb train-unsloth-tb tensorboard tb-stop selftest
 train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must
 	@$(PY) scripts/train.py
 
@@ -118,6 +118,9 @@ tensorboard: ready ## start TensorBoard on outputs/, on this machine only   PORT
 
 tb-stop: ## stop the TensorBoard that this project started, and no other
 	@$(ANY_PY) scripts/board.py stop
+
+selftest: ready ## are packing, chunks and shared beginnings exact on this model and machine   CONFIG= MODEL=
+	@$(PY) scripts/selftest.py
 
 ##@ Use
 .PHONY: eval eval-quick eval-full infer infer-batch merge

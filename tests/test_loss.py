@@ -198,3 +198,14 @@ def test_a_style_is_computed_once_a_row() -> None:
 def test_tensors_move_and_segments_stay() -> None:
     row = to_row(examples(2))
     assert on_device(row, "cpu")["segments"] == row["segments"]
+
+
+def test_a_loss_near_zero_keeps_its_digits() -> None:
+    """As the model learns its answers, the loss becomes the small difference of two large numbers."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(60, 64), torch.randn(3000, 64)
+    targets = (hidden @ weight.T).argmax(-1)
+    weight[targets] *= 1.2
+    found = chunked_loss.ChunkedLoss.apply(hidden, weight, None, targets, 0.0, 1.0)
+    true = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    assert float(true) / 60 < 0.2 and float(found) == pytest.approx(float(true), rel=5e-6)

@@ -42,12 +42,16 @@ class ChunkedLoss(torch.autograd.Function):
                 logits *= scale
             if cap:
                 logits = torch.tanh(logits / cap) * cap
-            highest = torch.logsumexp(logits, -1, keepdim=True)
-            total += (highest - logits.gather(1, target)).sum()
+            slope = 1 - (logits / cap).square() if cap and any(wanted) else None
+            # as log_softmax does it: a loss near zero would be the small difference of two large numbers
+            logits -= logits.amax(-1, keepdim=True)
+            at_target = logits.gather(1, target)
+            gradient = logits.exp_()
+            sums = gradient.sum(-1, keepdim=True)
+            total += (sums.log() - at_target).sum()
             if not any(wanted):
                 continue
-            slope = 1 - (logits / cap).square() if cap else None
-            gradient = logits.sub_(highest).exp_()
+            gradient /= sums
             gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
             if slope is not None:
                 gradient *= slope
