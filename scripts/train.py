@@ -150,15 +150,18 @@ def train(
     if init and not checkpoint:
         initial.put(loaded.model, init)
         console.note("train", f"beginning with the adapter in {init.folder}")
-    loss: Loss = fused_loss if choice.actual == "unsloth" else summed_loss
-    exact = find_exact(loaded.model, examples["train"], loss)
-    if loss is not fused_loss and not exact.chunked:
+    fused = choice.actual == "unsloth"
+    loss: Loss = fused_loss if fused else summed_loss
+    exact = Exact(packing=False, segments=False, shared=False, chunked=False)
+    if config.train.packing or not fused:
+        exact = find_exact(loaded.model, examples["train"], loss, fused=fused)
+    if not fused and not exact.chunked:
         loss = whole_loss
     if config.train.packing and not exact.packing:
         console.warn("with this backend and device, packed examples would see one another: packing is off")
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
     exact = replace(exact, shared=exact.shared and config.train.packing and config.train.share_prefix)
-    say_exact(config, exact, loss is fused_loss)
+    say_exact(config, exact, fused)
     facts = {
         "backend": choice.facts(),
         "precision": asdict(precision),

@@ -209,3 +209,15 @@ def test_a_loss_near_zero_keeps_its_digits() -> None:
     found = chunked_loss.ChunkedLoss.apply(hidden, weight, None, targets, 0.0, 1.0)
     true = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
     assert float(true) / 60 < 0.2 and float(found) == pytest.approx(float(true), rel=5e-6)
+
+
+def test_a_backends_own_loss_is_compared_by_packing_alone_whatever_its_name() -> None:
+    calls = []
+
+    def own(model: Any, row: Any) -> torch.Tensor:
+        calls.append(row)
+        return whole_loss(model, row)
+
+    exact = find_exact(tiny("llama", vocab=VOCAB), examples(), own, fused=True)
+    assert exact.packing and not (exact.segments or exact.shared or exact.chunked) and len(calls) == 3
+    assert find_exact(tiny("llama", vocab=VOCAB), []).packing

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,7 @@ def batch_loss(
     total = 0.0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), by_segment(model):
+    with torch.no_grad(), by_segment(model, loss is not fused_loss):
         for indices in rows:
             row = on_device(to_row([examples[i] for i in indices], shared), device)
             if bool((row["shift_labels"] != IGNORE).any()):
@@ -118,34 +117,40 @@ class Exact:
     chunked: bool
 
 
-def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss) -> Exact:
-    """Compare the ways of computing the loss of a few short examples with the plain one, each alone."""
+def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss, *, fused: bool = False) -> Exact:
+    """Compare the ways of computing the loss of a few short examples with the plain one, each alone.
+
+    ``fused``: ``loss`` is the backend's own, and nothing but packing is compared with it.
+    """
     import torch
 
     from scripts.utils.attention import by_segment, can_segment
 
     pair = sorted(examples, key=lambda example: len(example.ids))[:2]
+    if not pair:
+        return Exact(packing=True, segments=False, shared=False, chunked=not fused)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
-    segments = can_segment(model) and loss is not fused_loss
 
     def total(rows: Sequence[Sequence[Encoded]], way: Loss, segmented: bool, shared: bool = False) -> float:
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
-        with torch.no_grad(), by_segment(model) if segmented else nullcontext():
+        with torch.no_grad(), by_segment(model, segmented):
             found = sum(float(way(model, on_device(to_row(row, shared), device))) for row in rows)
         model.train(was_training)
         return found
 
-    plain = total([[example] for example in pair], fused_loss if loss is fused_loss else whole_loss, False)
+    alone = [[example] for example in pair]
+    plain = total(alone, loss if fused else whole_loss, False)
 
     def same(found: float, wanted: float = plain) -> bool:
         return abs(found - wanted) <= tolerance * abs(wanted) + 1e-6
 
-    chunked = loss is fused_loss or same(total([[example] for example in pair], summed_loss, False))
-    way = loss if loss is fused_loss or chunked else whole_loss
-    segments = segments and same(total([pair], way, True))
+    if fused:
+        return Exact(same(total([pair], loss, False)), segments=False, shared=False, chunked=False)
+    chunked = same(total(alone, summed_loss, False))
+    way = loss if chunked else whole_loss
+    segments = can_segment(model) and same(total([pair], way, True))
     packing = segments or same(total([pair], way, False))
-    twice = [pair[0], pair[0]]
-    alone = total([[pair[0]]], way, False)
-    shared = segments and same(total([twice], way, True, shared=True), 2 * alone)
-    return Exact(packing, segments, shared, chunked and loss is not fused_loss)
+    once = total([[pair[0]]], way, False)
+    shared = segments and same(total([[pair[0], pair[0]]], way, True, shared=True), 2 * once)
+    return Exact(packing, segments, shared, chunked)
