@@ -67,7 +67,10 @@ def _packed(examples: Sequence[Encoded], order: Sequence[int], budget: int, shar
     rows: list[list[int]] = []
     for start in range(0, len(order), _WINDOW):
         part = order[start : start + _WINDOW]
-        groups = shared_prefixes([examples[i] for i in part]) if shared else [(0, list(range(len(part))))]
+        if not shared:
+            rows += [[part[i] for i in row] for row in pack([len(examples[i].ids) for i in part], budget)]
+            continue
+        groups = shared_prefixes([examples[i] for i in part])
         pieces: list[tuple[int, list[int]]] = []  # tokens, and the examples
         for prefix, members in groups:
             lengths = [len(examples[part[i]].ids) - prefix for i in members]
