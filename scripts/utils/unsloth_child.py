@@ -14,7 +14,7 @@ from typing import Any
 
 from scripts.utils import backends, hardware, unsloth_probe
 from scripts.utils.encoding import Encoded
-from scripts.utils.loss import fused_loss
+from scripts.utils.loss import fused_loss, on_device
 from scripts.utils.packing import to_row
 from scripts.utils.schema import Config
 from scripts.utils.unsloth_probe import Kind
@@ -161,8 +161,7 @@ def take_step(model: Any, precision: Any, device: str) -> None:
     """Forward and backward as training does them; raises ``ValueError`` where no gradient arrives."""
     import torch
 
-    row = to_row([Encoded(list(range(1, _TOKENS + 1)), [True] * _TOKENS)])
-    row = {name: value.to(device) for name, value in row.items()}
+    row = on_device(to_row([Encoded(list(range(1, _TOKENS + 1)), [True] * _TOKENS)]), device)
     model.train()
     with torch.autocast(device, dtype=backends.torch_dtype(precision), enabled=precision != "fp32"):
         loss = fused_loss(model, row)
