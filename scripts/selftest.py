@@ -7,15 +7,14 @@ against a repeated one. Compares on a few made-up conversations, in the run's ow
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import backends, chat, command, console, hardware, model_store
-from scripts.utils.encoding import Encoded, encode
+from scripts.utils import backends, chat, command, console, hardware, model_store, rendered
+from scripts.utils.encoding import Encoded
 from scripts.utils.errors import MachineError, UserError
 from scripts.utils.loss import on_device, summed_loss, whole_loss
 from scripts.utils.packing import to_row
@@ -78,8 +77,8 @@ def conversations(tokenizer: Any, template: chat.Template) -> list[Encoded]:
         except UserError:
             turns = [{**turns[1], "content": f"{_STYLE}\n\n{turns[1]['content']}"}, turns[2]]
             done = chat.render_conversation(template, tokenizer, turns)
-        made.append(encode(tokenizer, done.text, done.spans, done.literals))
-    return made
+        made.append(vars(done))
+    return rendered.to_examples(tokenizer, made)
 
 
 def wake_adapter(model: Any) -> None:
@@ -127,7 +126,7 @@ def compute(model: Any, rows: Rows, loss: Any, segments: bool, shared: bool) -> 
     trained = [p for p in model.parameters() if p.requires_grad]
     total = 0.0
     gradients = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
-    with by_segment(model) if segments else nullcontext():
+    with by_segment(model, segments):
         for row in rows:
             value = loss(model, on_device(to_row(row, shared), trained[0].device))
             total += float(value.detach())

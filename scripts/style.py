@@ -5,7 +5,6 @@ the config's ``style.text``; without any, render reads the processed rows themse
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -193,10 +192,7 @@ def restyle(source: Path, output: IO[bytes], style: Style, changes: Counter[str]
     def styled(chunk: tuple[int, list[bytes]]) -> tuple[int, bytes, Counter[str]]:
         done, found = [], Counter[str]()
         for number, line in enumerate(chunk[1], chunk[0]):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{source}:{number}: not valid JSON ({error})", "run: make process FORCE=1") from error
+            row = files.parse_line(source, number, line, "run: make process FORCE=1")
             if "messages" in row:
                 row["messages"], change = with_style(row["messages"], style)
             else:  # a text to continue has no system message

@@ -150,18 +150,9 @@ def train(
     if init and not checkpoint:
         initial.put(loaded.model, init)
         console.note("train", f"beginning with the adapter in {init.folder}")
-    fused = choice.actual == "unsloth"
-    loss: Loss = fused_loss if fused else summed_loss
-    exact = Exact(packing=False, segments=False, shared=False, chunked=False)
-    if config.train.packing or not fused:
-        exact = find_exact(loaded.model, examples["train"], loss, fused=fused)
-    if not fused and not exact.chunked:
-        loss = whole_loss
+    loss, exact = choose_loss(config, loaded.model, examples["train"], fused=choice.actual == "unsloth")
     if config.train.packing and not exact.packing:
-        console.warn("with this backend and device, packed examples would see one another: packing is off")
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
-    exact = replace(exact, shared=exact.shared and config.train.packing and config.train.share_prefix)
-    say_exact(config, exact, fused)
     facts = {
         "backend": choice.facts(),
         "precision": asdict(precision),
@@ -329,10 +320,24 @@ def say_choices(
     console.note("train", f"{choice.actual} on {machine.name} in {precision.actual} ({precision.why})")
 
 
-def say_exact(config: "Config", exact: "Exact", fused: bool) -> None:
-    """How the loss is computed, as it was found equal to the plain way on this model."""
-    if not config.train.packing:
-        return
+def choose_loss(config: "Config", model: Any, examples: list[Encoded], fused: bool) -> tuple[Loss, Exact]:
+    """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
+    loss: Loss = fused_loss if fused else summed_loss
+    packing = config.train.packing
+    if fused and not packing:
+        return loss, Exact(packing=False, segments=False, shared=False, chunked=False)
+    exact = find_exact(model, examples, loss, fused=fused)
+    if packing and not exact.packing:
+        console.warn("with this backend and device, packed examples would see one another: packing is off")
+    packing = packing and exact.packing
+    shared = packing and exact.shared and config.train.share_prefix
+    exact = replace(exact, packing=packing, segments=packing and exact.segments, shared=shared)
+    if packing:
+        say_exact(exact, fused)
+    return loss if fused or exact.chunked else whole_loss, exact
+
+
+def say_exact(exact: Exact, fused: bool) -> None:
     how = ["attention by segment" if exact.segments else "attention masked over the whole row"]
     how += ["shared beginnings computed once"] if exact.shared else []
     how += ["the backend's own loss" if fused else "loss in chunks" if exact.chunked else "loss from whole logits"]

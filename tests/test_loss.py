@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scripts.utils import chunked_loss
 from scripts.utils.attention import NAME, by_segment, can_segment, is_segmented
 from scripts.utils.encoding import Encoded
-from scripts.utils.loss import batch_loss, find_exact, on_device, summed_loss, whole_loss
+from scripts.utils.loss import Exact, batch_loss, find_exact, on_device, summed_loss, whole_loss
 from scripts.utils.packing import make_rows, pack, rows_in_order, shared_prefixes, split_indices, to_row
 from tests.tiny_models import FAMILIES, tiny
 
@@ -115,8 +116,9 @@ def test_checkpointed_layers_get_their_segments_again_on_the_way_back() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_evaluation_in_rows_of_any_size_has_one_loss(shared: bool) -> None:
     model, rows = tiny("qwen2", vocab=VOCAB), examples(12, prefix=20)
-    totals = [batch_loss(model, rows, budget, shared=shared) for budget in (1, 90, 200, 4000)]
-    alone = batch_loss(model, rows, 1, packing=False, loss=whole_loss)
+    way = Exact(packing=True, segments=True, shared=shared, chunked=True)
+    totals = [batch_loss(model, rows, budget, exact=way) for budget in (1, 90, 200, 4000)]
+    alone = batch_loss(model, rows, 1, loss=whole_loss, exact=replace(way, packing=False, segments=False, shared=False))
     for total, count in totals:
         assert total == pytest.approx(alone[0], rel=1e-5) and count == alone[1]
 
@@ -221,3 +223,14 @@ def test_a_backends_own_loss_is_compared_by_packing_alone_whatever_its_name() ->
     exact = find_exact(tiny("llama", vocab=VOCAB), examples(), own, fused=True)
     assert exact.packing and not (exact.segments or exact.shared or exact.chunked) and len(calls) == 3
     assert find_exact(tiny("llama", vocab=VOCAB), []).packing
+
+
+def test_a_model_that_hands_nothing_on_to_its_attention_is_packed_by_its_own_mask() -> None:
+    model = tiny("llama", vocab=VOCAB)
+    for layer in model.model.layers:
+        real = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, real=real, **o: real(*a, **{k: v for k, v in o.items() if k != "segments"})
+    exact = find_exact(model, examples())
+    assert exact.packing and not exact.segments and not exact.shared
+    alone, _ = batch_loss(model, examples(), 1, exact=exact)
+    assert batch_loss(model, examples(), 4000, exact=exact)[0] == pytest.approx(alone, rel=1e-5)

@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from scripts.utils.errors import MachineError
+
 NAME = "sft_segments"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+_PLAINLY = "set train.packing: false"
+
+
+class CannotSegment(MachineError):
+    """The model calls its attention in a way that attention by segment does not know."""
 
 
 def _forward(
@@ -23,7 +32,7 @@ def _forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: Sequence[tuple[int, int, int, int]],
+    segments: Sequence[tuple[int, int, int, int]] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -32,7 +41,9 @@ def _forward(
 ) -> tuple[torch.Tensor, None]:
     """``query``: [1, heads, tokens, head size], ``key`` and ``value`` with their own number of heads; as transformers calls it."""
     if attention_mask is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
-        raise NotImplementedError("attention by segment knows causal attention only")
+        raise CannotSegment("this model's attention is more than causal", _PLAINLY)
+    if segments is None:
+        raise CannotSegment("this model does not hand on to its attention what its caller gives", _PLAINLY)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # for all segments at once
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -94,8 +105,8 @@ def is_segmented(model: Any) -> bool:
 
 @contextmanager
 def by_segment(model: Any, wanted: bool = True) -> Iterator[None]:
-    """Inside, the model takes rows with ``segments``, and nothing else; a model that cannot stays as it is."""
-    if not wanted or is_segmented(model) or not can_segment(model):
+    """Inside, a model that ``can_segment`` takes rows with ``segments``, and nothing else."""
+    if not wanted or is_segmented(model):
         yield
         return
     from transformers import AttentionInterface

@@ -54,7 +54,7 @@ def evaluate(trained: Trained, side: Side, rows: list[dict[str, Any]], config: "
     way = summed_loss if exact.chunked else whole_loss
     for start in range(0, len(rows), _CHUNK):
         part = examples[start : start + _CHUNK]
-        loss, tokens = batch_loss(trained.model, part, budget, packing=exact.packing, loss=way, shared=exact.shared)
+        loss, tokens = batch_loss(trained.model, part, budget, loss=way, exact=exact)
         total, count = total + loss, count + tokens
         progress.advance(len(part))
     progress.close()

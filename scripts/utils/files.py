@@ -154,10 +154,15 @@ def read_jsonl(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error})", "mend or delete the line") from error
+            yield parse_line(path, number, line)
+
+
+def parse_line(path: Path | str, number: int, line: str | bytes, hint: str = "mend or delete the line") -> Any:
+    """The JSON value in a line of ``path``; raises ``UserError`` with its place."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: not valid JSON ({error})", hint) from error
 
 
 def sha256_file(path: Path) -> str:

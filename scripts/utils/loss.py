@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,28 +74,41 @@ def _parts(model: Any) -> tuple[Any, Any, float, float] | None:
     return backbone, head, getattr(config, "final_logit_softcapping", None) or 0.0, scale
 
 
+@dataclass(frozen=True)
+class Exact:
+    """What was compared on the loaded model and found to change no loss, and what was not."""
+
+    packing: bool
+    segments: bool
+    shared: bool
+    chunked: bool
+
+
 def batch_loss(
     model: Any,
     examples: Sequence[Encoded],
     budget: int,
     *,
-    packing: bool = True,
     loss: Loss = summed_loss,
-    shared: bool = False,
+    exact: Exact | None = None,
 ) -> tuple[float, int]:
-    """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it."""
+    """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it.
+
+    ``exact`` says in which ways; without it, in packed rows by the model's own attention.
+    """
     import torch
 
     from scripts.utils.attention import by_segment
 
     device = next(model.parameters()).device
-    rows = rows_in_order(examples, budget, shared) if packing else [[i] for i in range(len(examples))]
+    way = exact or Exact(packing=True, segments=False, shared=False, chunked=False)
+    rows = rows_in_order(examples, budget, way.shared) if way.packing else [[i] for i in range(len(examples))]
     total = 0.0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), by_segment(model, loss is not fused_loss):
+    with torch.no_grad(), by_segment(model, way.segments):
         for indices in rows:
-            row = on_device(to_row([examples[i] for i in indices], shared), device)
+            row = on_device(to_row([examples[i] for i in indices], way.shared), device)
             if bool((row["shift_labels"] != IGNORE).any()):
                 total += float(loss(model, row))
     model.train(was_training)
@@ -107,16 +121,6 @@ def on_device(row: Row, device: Any) -> Row:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 
 
-@dataclass(frozen=True)
-class Exact:
-    """What was compared on the loaded model and found to change no loss, and what was not."""
-
-    packing: bool
-    segments: bool
-    shared: bool
-    chunked: bool
-
-
 def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss, *, fused: bool = False) -> Exact:
     """Compare the ways of computing the loss of a few short examples with the plain one, each alone.
 
@@ -124,7 +128,7 @@ def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss
     """
     import torch
 
-    from scripts.utils.attention import by_segment, can_segment
+    from scripts.utils.attention import CannotSegment, by_segment, can_segment
 
     pair = sorted(examples, key=lambda example: len(example.ids))[:2]
     if not pair:
@@ -149,7 +153,9 @@ def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss
         return Exact(same(total([pair], loss, False)), segments=False, shared=False, chunked=False)
     chunked = same(total(alone, summed_loss, False))
     way = loss if chunked else whole_loss
-    segments = can_segment(model) and same(total([pair], way, True))
+    segments = False
+    with suppress(CannotSegment):
+        segments = can_segment(model) and same(total([pair], way, True))
     packing = segments or same(total([pair], way, False))
     once = total([[pair[0]]], way, False)
     shared = segments and same(total([[pair[0], pair[0]]], way, True, shared=True), 2 * once)

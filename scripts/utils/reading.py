@@ -13,8 +13,7 @@ from scripts.utils import files, near, splits, suspicious
 from scripts.utils.records import Record
 
 _SHORT = 4  # characters
-_EMPTY_MARK, _SHORT_MARK = 1, 2  # bits of Read.marks; those of the reasons of suspicious.REASONS follow
-_FIRST_REASON = 4
+_MARKS = ("empty", "short", *suspicious.REASONS)  # of the last answer, and of the row; one bit each of Read.marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +54,7 @@ def reader(seed: int, near_duplicates: bool) -> Callable[[Record], Read | Refuse
         row = {"id": digest.hex(), **content, "source": {"file": raw.file, "line": raw.line}}
         answer = messages[-1]["content"]
         length = len(answer.strip())
-        marks = _EMPTY_MARK * (not length) + _SHORT_MARK * (0 < length < _SHORT)
-        for reason in suspicious.find(messages):
-            marks |= _FIRST_REASON << suspicious.REASONS.index(reason)
+        found = [*(["empty"] if not length else ["short"] if length < _SHORT else []), *suspicious.find(messages)]
         return Read(
             line=raw.line,
             digest=digest,
@@ -68,7 +65,7 @@ def reader(seed: int, near_duplicates: bool) -> Callable[[Record], Read | Refuse
             characters=sum(len(message["content"]) for message in messages),
             turns=sum(message["role"] == "assistant" for message in messages),
             answer=_number(hashlib.sha256(answer.encode()).digest()),
-            marks=marks,
+            marks=sum(map(mark_of, found)),
         )
 
     return read
@@ -130,6 +127,4 @@ class Rows:
 
 def mark_of(reason: str) -> int:
     """The bit of ``marks`` for an answer that is "empty" or "short", or for one of suspicious.REASONS."""
-    if reason in ("empty", "short"):
-        return _EMPTY_MARK if reason == "empty" else _SHORT_MARK
-    return _FIRST_REASON << suspicious.REASONS.index(reason)
+    return 1 << _MARKS.index(reason)

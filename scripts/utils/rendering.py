@@ -1,6 +1,5 @@
 """Rows in messages become rendered rows: the work of the step render on a few lines at a time, in whatever process."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,10 +41,7 @@ def renderer(
         first, lines = chunk
         outcomes = []
         for number, line in enumerate(lines, first):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error})", "run: make process FORCE=1") from error
+            row = files.parse_line(path, number, line, "run: make process FORCE=1")
             outcomes.append(_outcome(template, tokenizer, row, settings, split))
         return outcomes
 

@@ -90,7 +90,7 @@ class SFTTrainer(Trainer):
         draws = training_state.random_state() if self.config.lora.dropout else None
         while True:
             try:
-                with by_segment(model, self.exact.segments and self.config.train.packing):
+                with by_segment(model, self.exact.segments):
                     total, tokens = self._accumulate(model, inputs)
                 break
             except Exception as error:
@@ -133,7 +133,7 @@ class SFTTrainer(Trainer):
 
     def _to_row(self, indices: list[int]) -> Row:
         examples = [self.examples[i] for i in indices]
-        return to_row(examples, self.exact.shared) if self.config.train.packing else to_padded(examples, self.pad_id)
+        return to_row(examples, self.exact.shared) if self.exact.packing else to_padded(examples, self.pad_id)
 
     def _parts(self, row: list[int], parts: int) -> list[list[int]]:
         return split_indices(row, parts, [len(self.examples[i].ids) for i in row])
@@ -220,14 +220,7 @@ class SFTTrainer(Trainer):
         """Loss and perplexity over the trained tokens of the val rows, by the packed path that training takes."""
         with self.compute_loss_context_manager():
             budget = row_budget(self.config) // self.run_state.divisor
-            total, count = batch_loss(
-                self.model,
-                self.val,
-                budget,
-                packing=self.config.train.packing,
-                loss=self.loss,
-                shared=self.exact.shared,
-            )
+            total, count = batch_loss(self.model, self.val, budget, loss=self.loss, exact=self.exact)
         loss = total / max(count, 1)
         if not math.isfinite(loss):  # before it is logged: no NaN reaches the disk
             raise DivergedError(
