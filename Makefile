@@ -64,7 +64,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,bench,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:
@@ -188,4 +188,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
 #: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
-#: KILLS    kills of make torture (200)
+#: KILLS    kills of make torture (200)                ROWS     sizes for make bench-data
