@@ -243,7 +243,7 @@ def make_trainer(
     from scripts.utils.schedule import make_schedule
     from scripts.utils.training import SFTTrainer, training_arguments
 
-    schedule = make_schedule(config, examples["train"], exact.shared)
+    schedule = make_schedule(config, examples["train"])
     trainer = SFTTrainer(
         model=model,
         args=training_arguments(config, folder, machine, precision, len(schedule.steps)),
@@ -330,7 +330,8 @@ def choose_loss(config: "Config", model: Any, examples: list[Encoded], fused: bo
     if packing and not exact.packing:
         console.warn("with this backend and device, packed examples would see one another: packing is off")
     packing = packing and exact.packing
-    shared = packing and exact.shared and config.train.share_prefix
+    # under dropout the examples that share a beginning would share its noise too
+    shared = packing and exact.shared and config.train.share_prefix and not config.lora.dropout
     exact = replace(exact, packing=packing, segments=packing and exact.segments, shared=shared)
     if packing:
         say_exact(exact, fused)

@@ -169,6 +169,29 @@ def test_packing_and_accumulation_change_the_speed_and_not_the_loss(project: Cal
     assert first[1] == pytest.approx(first[0], rel=1e-4) and first[2] == pytest.approx(first[0], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_shared_beginnings_change_the_rows_of_a_step_and_not_the_steps(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template's own system message is in every row; computed once a row or each time, every step learns the same."""
+    from scripts.utils import training
+
+    made: list[int] = []
+    real = training.to_row
+    monkeypatch.setattr(training, "to_row", lambda *args: made.append(len((row := real(*args))["input_ids"][0])) or row)
+    project(gradient_accumulation=3)
+    run_steps(overrides="run.name=once")
+    once, made[:] = sum(made), []
+    run_steps(overrides="run.name=each train.share_prefix=false")
+    assert once < 0.8 * sum(made), "fewer tokens are computed"
+    assert len(losses("once")) > 2 and losses("once") == pytest.approx(losses("each"), rel=1e-4)
+    assert [e["tokens_seen"] for e in metrics("once") if "loss" in e] == [
+        e["tokens_seen"] for e in metrics("each") if "loss" in e
+    ]
+    run_steps(overrides="run.name=noise lora.dropout=0.1")
+    assert stamp.require("once")["engine"]["shared"] and not stamp.require("noise")["engine"]["shared"]
+
+
 @pytest.mark.parametrize("mode", ["qlora", "full"])
 @pytest.mark.slow
 def test_the_other_tuning_modes_train_and_are_stamped(project: Callable[..., Path], mode: str) -> None:
@@ -179,6 +202,25 @@ def test_the_other_tuning_modes_train_and_are_stamped(project: Callable[..., Pat
     assert facts["quantisation"] == ("nf4, double" if mode == "qlora" else None)
     wanted = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
     assert (Path("adapters") / RUN / wanted).is_file()
+
+
+@pytest.mark.slow
+def test_four_bit_weights_are_the_same_after_an_evaluation(project: Callable[..., Path]) -> None:
+    """On a CPU with AVX-512 BF16 bitsandbytes would rewrite them, losing digits and the way back for gradients."""
+    import torch
+
+    from scripts.utils import backends, model_store
+
+    project()
+    path = model_store.resolve(load_config("tiny.yaml").model.name).path
+    model = backends.load_causal_lm(path, precision="fp32", device="cpu", quantised=True)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    before = weight.data.clone(), weight.quant_state.absmax.clone()
+    model.eval()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    assert weight.quant_state.dtype == torch.float32
+    assert torch.equal(weight.data, before[0]) and torch.equal(weight.quant_state.absmax, before[1])
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def load_causal_lm(
     if attention != "auto":
         options["attn_implementation"] = attention
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=torch_dtype(precision),
             device_map={"": device},
@@ -90,6 +90,19 @@ def load_causal_lm(
         raise MachineError(
             f"{path}: the model does not load: {error}", "see the reason above; model.attention: auto is safest"
         ) from error
+    keep_four_bits(model)
+    return model
+
+
+def keep_four_bits(model: Any) -> None:
+    """Hold bitsandbytes back from rewriting 4-bit weights for a CPU with AVX-512 BF16 when a model first evaluates.
+
+    That rounds their scales to bf16 for good, computes in bf16 whatever the precision, has no backward pass, and fails
+    on layers narrower than a block (bitsandbytes 0.50.2, ``_convert_weight_packed_for_cpu``).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def attention_in_transformers(path: Path, attention: str) -> str:
@@ -178,6 +191,7 @@ def load_for_training(
         attention = "sdpa"
     build = _build_unsloth if backend == "unsloth" else _build_bitsandbytes
     model, targets = build(config, path, precision, hardware, checkpointing, attention)
+    keep_four_bits(model)
     actual = attention_of(model)
     if attention not in ("auto", actual):
         raise MachineError(

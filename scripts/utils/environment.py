@@ -4,6 +4,7 @@ Standard library only. ``prepare`` refuses to run after a heavy module was impor
 at every run instead of hoped for.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -55,6 +56,8 @@ def prepare(root: Path) -> None:
         os.environ.setdefault(name, value)
     # nothing here looks at images, and a torchvision that does not fit torch stops the import of transformers
     sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    # on a CPU with AVX-512 BF16 it asks for a kernel from the hub, which is not used here (backends.keep_four_bits)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def show_torchvision() -> None:

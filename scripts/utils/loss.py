@@ -102,7 +102,8 @@ def batch_loss(
 
     device = next(model.parameters()).device
     way = exact or Exact(packing=True, segments=False, shared=False, chunked=False)
-    rows = rows_in_order(examples, budget, way.shared) if way.packing else [[i] for i in range(len(examples))]
+    order = range(len(examples))
+    rows = rows_in_order(examples, order, budget, way.shared) if way.packing else [[i] for i in order]
     total = 0.0
     was_training = model.training
     model.eval()

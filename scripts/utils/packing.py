@@ -7,12 +7,9 @@ the same and the prefix is computed once.
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scripts.utils.encoding import IGNORE, Encoded
-
-if TYPE_CHECKING:
-    pass
 
 Row = dict[str, Any]
 Segment = tuple[int, int, int, int]  # start and end of a piece of a row, and of the prefix before it (0, 0: none)
@@ -41,29 +38,28 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def make_rows(
-    examples: Sequence[Encoded], *, budget: int, batch_size: int, packing: bool, seed: int, shared: bool = False
+    examples: Sequence[Encoded], *, budget: int, batch_size: int, packing: bool, seed: int
 ) -> list[list[int]]:
     """The micro batches of one pass over the data, each a list of example indices.
 
-    With packing a micro batch is one row of at most ``budget`` tokens, a shared prefix counted once; examples are shuffled
-    before they are packed in windows, so that rows mix lengths and the order is random, but the same for the same seed.
+    With packing a micro batch is one row of at most ``budget`` tokens; examples are shuffled before they are packed in
+    windows, so that rows mix lengths and the order is random, but the same for the same seed. Shared prefixes have no say
+    in it: what a step learns from must not depend on how it is computed.
     """
     order = list(range(len(examples)))
     shuffler = random.Random(seed)
     shuffler.shuffle(order)
     if not packing:
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rows = _packed(examples, order, budget, shared)
+    rows = rows_in_order(examples, order, budget)
     shuffler.shuffle(rows)
     return rows
 
 
-def rows_in_order(examples: Sequence[Encoded], budget: int, shared: bool = False) -> list[list[int]]:
-    """All examples packed, by index, without chance: for evaluation."""
-    return _packed(examples, range(len(examples)), budget, shared)
-
-
-def _packed(examples: Sequence[Encoded], order: Sequence[int], budget: int, shared: bool) -> list[list[int]]:
+def rows_in_order(
+    examples: Sequence[Encoded], order: Sequence[int], budget: int, shared: bool = False
+) -> list[list[int]]:
+    """The examples with the numbers in ``order``, packed without chance; with ``shared`` a common prefix counts once."""
     rows: list[list[int]] = []
     for start in range(0, len(order), _WINDOW):
         part = order[start : start + _WINDOW]

@@ -80,7 +80,7 @@ def _from_text(path: Path, whole_file: bool) -> Iterator[Request | str]:
 
 def _from_json(path: Path) -> Iterator[Request | str]:
     """A request a row, or the text of what is wrong with it."""
-    for number, row in enumerate(json_rows.read_json(path), 1):
+    for number, row in enumerate(map(json_rows.parse, json_rows.read_json(path)), 1):
         where = f"{path}:{row.line}"
         if row.reason:
             yield f"{where}: {row.reason}" + (f" ({row.detail})" if row.detail else "")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # keys of train: that decide the loss curve
 _CURVE = (
-    "seed batch_size gradient_accumulation packing share_prefix pack_length optimizer learning_rate scheduler warmup weight_decay "
+    "seed batch_size gradient_accumulation packing pack_length optimizer learning_rate scheduler warmup weight_decay "
     "max_grad_norm epochs max_steps early_stopping_patience"
 ).split()
 Change = tuple[str, Any, Any]

@@ -34,7 +34,7 @@ def row_budget(config: "Config") -> int:
     return config.train.pack_length or config.render.max_length * config.train.batch_size
 
 
-def make_schedule(config: "Config", examples: Sequence[Encoded], shared: bool = False) -> Schedule:
+def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
     """Shuffle and pack each epoch anew by the seed; a step never holds rows of two epochs.
 
     ``train.max_steps`` wins over ``train.epochs``; a fraction of an epoch is a fraction of the first one's steps.
@@ -47,9 +47,7 @@ def make_schedule(config: "Config", examples: Sequence[Encoded], shared: bool = 
     wanted = per_epoch = 0
     for epoch in itertools.count():
         seed = train.seed * 100_003 + epoch
-        rows = make_rows(
-            examples, budget=budget, batch_size=train.batch_size, packing=train.packing, seed=seed, shared=shared
-        )
+        rows = make_rows(examples, budget=budget, batch_size=train.batch_size, packing=train.packing, seed=seed)
         steps += [rows[start : start + group] for start in range(0, len(rows), group)]
         per_epoch = per_epoch or len(steps)
         whole, part = divmod(train.epochs, 1)

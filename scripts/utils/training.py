@@ -19,7 +19,7 @@ from scripts.utils.attention import by_segment
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, MachineError, RefusedError
 from scripts.utils.loss import Exact, Loss, batch_loss
-from scripts.utils.packing import Row, split_indices, to_padded, to_row
+from scripts.utils.packing import Row, rows_in_order, split_indices, to_padded, to_row
 from scripts.utils.schedule import Schedule, Step, Steps, row_budget
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class SFTTrainer(Trainer):
     def _accumulate(self, model: Any, inputs: Step) -> tuple[torch.Tensor, int]:
         count = sum(self.examples[i].trained_tokens for row in inputs for i in row)
         total, tokens = torch.zeros((), device=self.args.device), 0
-        for indices in (part for row in inputs for part in self._parts(row, self.run_state.divisor)):
+        rows = self._together(inputs) if self.exact.shared else inputs
+        for indices in (part for row in rows for part in self._parts(row, self.run_state.divisor)):
             tokens += sum(len(self.examples[i].ids) for i in indices)
             row = self._prepare_inputs(self._to_row(indices))
             with self.compute_loss_context_manager():
@@ -130,6 +131,10 @@ class SFTTrainer(Trainer):
                 break
             self.accelerator.backward(loss)
         return total, tokens
+
+    def _together(self, inputs: Step) -> Step:
+        """A step's examples in fewer rows, where a beginning that they share counts once: the same step, computed faster."""
+        return rows_in_order(self.examples, [i for row in inputs for i in row], row_budget(self.config), shared=True)
 
     def _to_row(self, indices: list[int]) -> Row:
         examples = [self.examples[i] for i in indices]
