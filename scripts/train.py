@@ -112,7 +112,8 @@ def train(
 ) -> None:
     """Choose, load and stamp; then train and hand over."""
     machine = hardware.detect()
-    precision = hardware.choose_precision(config.train, machine)
+    earlier = (stamp.read(run) or {}).get("precision", {}).get("actual")
+    precision = hardware.choose_precision(config.train, machine, earlier)
     model_files = model_store.resolve(config.model.name, config.model.revision)
     model_hash = model_store.content_hash(model_files.path)
     init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None

@@ -15,7 +15,7 @@ from tests.test_train import RUN, losses, metrics, run_steps, weights
 
 pytestmark = pytest.mark.slow
 
-EACH = "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1 train.save_total_limit=99"
+EACH = "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1 train.save_total_limit=99 train.share_prefix=false"
 STEPS = (1, 3, 5)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.utils import hardware
 from scripts.utils.errors import MachineError
 from scripts.utils.hardware import Hardware, best_precision, choose_precision, nvidia, supported
 from scripts.utils.schema import TrainSection
@@ -40,6 +41,24 @@ def test_auto_takes_what_each_generation_does_best(machine: Hardware, auto: str)
     assert best_precision(machine)[0] == auto
     choice = choose_precision(TrainSection(), machine)
     assert (choice.requested, choice.actual, choice.changed) == ("auto", auto, False)
+
+
+def test_auto_stays_with_the_precision_that_the_run_began_with() -> None:
+    assert choose_precision(TrainSection(), CPU, "bf16").actual == "bf16"
+    assert choose_precision(TrainSection(), CPU_BF16, "fp32").actual == "fp32"
+    assert choose_precision(TrainSection(), TURING, "bf16").actual == "fp16", "a card that lacks it"
+    assert choose_precision(TrainSection(precision="fp32"), CPU, "bf16").actual == "fp32", "asked for by name"
+
+
+def test_bf16_is_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cpu.json"
+    monkeypatch.setattr(hardware, "_multiply_seconds", lambda: {"fp32": 1.0, "bf16": 0.5})
+    assert hardware.bf16_is_faster_on_cpu(cache)
+    monkeypatch.setattr(hardware, "_multiply_seconds", lambda: {"fp32": 1.0, "bf16": 0.9})
+    assert hardware.bf16_is_faster_on_cpu(cache), "kept"
+    cache.write_text("[broken")
+    assert not hardware.bf16_is_faster_on_cpu(cache), "measured again"
+    assert not hardware.bf16_is_faster_on_cpu(tmp_path / "no folder" / "cpu.json")
 
 
 @pytest.mark.parametrize(

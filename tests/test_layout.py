@@ -20,9 +20,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = """
 errors schema console environment template_child
 workers
-files yaml_text gguf_file unpacked hardware turns template_guard literals lengths spans
-training_state unsloth_probe json_rows splits continued near suspicious report_page
-arrow_rows
+files yaml_text gguf_file unpacked turns template_guard literals lengths spans
+hardware training_state json_rows splits continued near suspicious report_page
+arrow_rows unsloth_probe
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding attention chunked_loss metrics resume backends
 packing

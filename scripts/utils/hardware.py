@@ -1,13 +1,16 @@
 """What this machine has, and which precision and backend suit it: every choice comes with its reason."""
 
+import contextlib
 import os
 import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scripts.utils.errors import MachineError
+from scripts.utils import files
+from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
     from scripts.utils.schema import TrainSection
@@ -46,7 +49,7 @@ def detect() -> Hardware:
     if torch.backends.mps.is_available():
         return Hardware("mps", platform.processor() or "Apple GPU", memory)
     name = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return Hardware("cpu", name, memory, cpu_bf16_faster=_bf16_is_faster_on_cpu())
+    return Hardware("cpu", name, memory, cpu_bf16_faster=bf16_is_faster_on_cpu(files.REPO_ROOT / ".cache" / "cpu.json"))
 
 
 def nvidia(*fields: str) -> str:
@@ -70,23 +73,41 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _bf16_is_faster_on_cpu() -> bool:
-    """Multiply two matrices of a small model's shape in both precisions, a few milliseconds each."""
+def bf16_is_faster_on_cpu(cache: Path) -> bool:
+    """Whether this processor multiplies matrices clearly faster in bf16: measured once, kept in the file ``cache``.
+
+    Measured at every start, a busy moment would give a run another precision than its first part had.
+    """
+    import torch
+
+    key = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    with contextlib.suppress(OSError, RefusedError, AttributeError):
+        if (known := files.read_json(cache).get(key)) is not None:
+            return bool(known)
+    seconds = _multiply_seconds()
+    faster = seconds["bf16"] < 0.8 * seconds["fp32"]  # a clear win only: fp32 is exact
+    with contextlib.suppress(OSError, MachineError):  # a read-only disk must not stop a run
+        files.write_json(cache, {key: faster})
+    return faster
+
+
+def _multiply_seconds() -> dict[str, float]:
+    """The best time of a product of a small model's shape in each precision, taken in turn: a few milliseconds each."""
     import time
 
     import torch
 
-    best = {torch.float32: 1e9, torch.bfloat16: 1e9}
-    for dtype in best:
-        left, right = torch.ones(64, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        for _ in range(5):
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    pairs = {n: (torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)) for n, dtype in dtypes.items()}
+    best = dict.fromkeys(dtypes, 1e9)
+    for _ in range(10):
+        for name, (left, right) in pairs.items():
             start = time.perf_counter()
             left @ right
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-            if best[dtype] > 10 * best[torch.float32]:
-                return False  # emulated, which takes seconds: one look is enough
-    # a clear win only: fp32 is exact, and noise must not flip the choice
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+            best[name] = min(best[name], time.perf_counter() - start)
+            if best[name] > 10 * best["fp32"]:
+                return best  # emulated, which takes seconds: one look is enough
+    return best
 
 
 def supported(precision: Precision, hardware: Hardware) -> tuple[bool, str]:
@@ -130,8 +151,8 @@ class PrecisionChoice:
     changed: bool
 
 
-def choose_precision(train: "TrainSection", hardware: Hardware) -> PrecisionChoice:
-    """Resolve train.precision, train.bf16 and train.fp16 against the hardware.
+def choose_precision(train: "TrainSection", hardware: Hardware, earlier: Precision | None = None) -> PrecisionChoice:
+    """Resolve train.precision, train.bf16 and train.fp16 against the hardware; auto stays with a run's ``earlier`` one.
 
     Raises ``MachineError`` with ``train.precision_strict`` when what was asked for cannot be had.
     """
@@ -141,6 +162,8 @@ def choose_precision(train: "TrainSection", hardware: Hardware) -> PrecisionChoi
     requested = " and ".join(wanted) or "auto"
     if not wanted:
         actual, why = best_precision(hardware)
+        if earlier and earlier != actual and supported(earlier, hardware)[0]:
+            actual, why = earlier, "as this run began"
         return PrecisionChoice(requested, actual, why, changed=False)
     fitting = [name for name in wanted if supported(name, hardware)[0]]  # type: ignore[arg-type]
     if len(wanted) == 1 and fitting:

@@ -96,7 +96,7 @@ class SFTTrainer(Trainer):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(inputs, error)
+                self._halve(error)
             # outside the except block, which would keep the failed pass's tensors alive
             model.zero_grad()
             if draws is not None:
@@ -120,8 +120,7 @@ class SFTTrainer(Trainer):
     def _accumulate(self, model: Any, inputs: Step) -> tuple[torch.Tensor, int]:
         count = sum(self.examples[i].trained_tokens for row in inputs for i in row)
         total, tokens = torch.zeros((), device=self.args.device), 0
-        rows = self._together(inputs) if self.exact.shared else inputs
-        for indices in (part for row in rows for part in self._parts(row, self.run_state.divisor)):
+        for indices in (part for row in self._rows(inputs) for part in self._parts(row, self.run_state.divisor)):
             tokens += sum(len(self.examples[i].ids) for i in indices)
             row = self._prepare_inputs(self._to_row(indices))
             with self.compute_loss_context_manager():
@@ -132,8 +131,10 @@ class SFTTrainer(Trainer):
             self.accelerator.backward(loss)
         return total, tokens
 
-    def _together(self, inputs: Step) -> Step:
-        """A step's examples in fewer rows, where a beginning that they share counts once: the same step, computed faster."""
+    def _rows(self, inputs: Step) -> Step:
+        """A step's micro batches; in fewer rows where a beginning that they share counts once: the same step, computed faster."""
+        if not self.exact.shared:
+            return inputs
         return rows_in_order(self.examples, [i for row in inputs for i in row], row_budget(self.config), shared=True)
 
     def _to_row(self, indices: list[int]) -> Row:
@@ -143,10 +144,9 @@ class SFTTrainer(Trainer):
     def _parts(self, row: list[int], parts: int) -> list[list[int]]:
         return split_indices(row, parts, [len(self.examples[i].ids) for i in row])
 
-    def _halve(self, inputs: Step, error: Exception) -> None:
+    def _halve(self, error: Exception) -> None:
         """Cut micro batches into twice as many parts; raise when each is a single example already."""
-        largest = max(len(row) for row in inputs)
-        if self.run_state.divisor >= largest:
+        if self.run_state.divisor >= max(len(row) for row in self._rows(self.schedule.steps[self.state.global_step])):
             length = self.config.render.max_length
             raise MachineError(
                 f"out of memory on a single example of up to {length:,} tokens: {str(error).splitlines()[0]}",
