@@ -97,13 +97,14 @@ Found = tuple[float, "torch.Tensor"]
 def comparisons(model: Any, examples: list[Encoded]) -> list[tuple[str, Callable[[], "Found"], Callable[[], "Found"]]]:
     """Name, the plain way, the fast way."""
     from scripts.utils.attention import can_segment
+    from scripts.utils.lean_lora import lean_layers
 
     alone: Rows = [[example] for example in examples]
     halves: Rows = [examples[:2], examples[2:]]
     segmented = can_segment(model)
 
-    def way(rows: Rows, loss: Any, segments: bool, shared: bool = False) -> Callable[[], "Found"]:
-        return lambda: compute(model, rows, loss, segments, shared)
+    def way(rows: Rows, loss: Any, segments: bool, shared: bool = False, lean: bool = False) -> Callable[[], "Found"]:
+        return lambda: compute(model, rows, loss, segments, shared, lean)
 
     plain = way(alone, whole_loss, False)
     found = [
@@ -113,20 +114,23 @@ def comparisons(model: Any, examples: list[Encoded]) -> list[tuple[str, Callable
     ]
     if segmented:
         found.append(("shared beginning = repeated", plain, way([examples], summed_loss, True, shared=True)))
+    if lean_layers(model):
+        found.append(("lean LoRA = PEFT's own", plain, way(alone, whole_loss, False, lean=True)))
     return found
 
 
-def compute(model: Any, rows: Rows, loss: Any, segments: bool, shared: bool) -> "Found":
+def compute(model: Any, rows: Rows, loss: Any, segments: bool, shared: bool, lean: bool) -> "Found":
     """Summed loss and the gradients of all trained weights, one after another."""
     import torch
 
+    from scripts.utils import lean_lora
     from scripts.utils.attention import by_segment
 
     model.eval()  # no dropout: two passes must be comparable
     trained = [p for p in model.parameters() if p.requires_grad]
     total = 0.0
     gradients = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
-    with by_segment(model, segments):
+    with by_segment(model, segments), lean_lora.lean(model, lean):
         for row in rows:
             value = loss(model, on_device(to_row(row, shared), trained[0].device))
             total += float(value.detach())

@@ -333,17 +333,20 @@ def choose_loss(config: "Config", model: Any, examples: list[Encoded], fused: bo
     packing = packing and exact.packing
     # under dropout the examples that share a beginning would share its noise too
     shared = packing and exact.shared and config.train.share_prefix and not config.lora.dropout
-    exact = replace(exact, packing=packing, segments=packing and exact.segments, shared=shared)
-    if packing:
-        say_exact(exact, fused)
+    lean = exact.lean and config.train.lean_lora
+    exact = replace(exact, packing=packing, segments=packing and exact.segments, shared=shared, lean=lean)
+    say_exact(exact, fused)
     return loss if fused or exact.chunked else whole_loss, exact
 
 
 def say_exact(exact: Exact, fused: bool) -> None:
-    how = ["attention by segment" if exact.segments else "attention masked over the whole row"]
+    how = ["packed rows" if exact.packing else "padded rows"]
+    if exact.packing:
+        how += ["attention by segment" if exact.segments else "attention masked over the whole row"]
     how += ["shared beginnings computed once"] if exact.shared else []
     how += ["the backend's own loss" if fused else "loss in chunks" if exact.chunked else "loss from whole logits"]
-    console.note("train", f"packed rows: {', '.join(how)}; compared with one example at a time")
+    how += ["lean LoRA"] if exact.lean else []
+    console.note("train", f"{', '.join(how)}; compared with one example at a time")
 
 
 def summarise(run: str, trainer: Any, best: str | None) -> None:

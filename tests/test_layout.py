@@ -24,7 +24,7 @@ files yaml_text gguf_file unpacked turns template_guard literals lengths spans
 hardware training_state json_rows splits continued near suspicious report_page
 arrow_rows unsloth_probe
 config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
-command records model_hub embedded_model encoding attention chunked_loss metrics resume backends
+command records model_hub embedded_model encoding attention chunked_loss lean_lora metrics resume backends
 packing
 loss
 data_hub reading

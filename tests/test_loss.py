@@ -55,6 +55,33 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_examples_alone(name: str
     assert model.config._attn_implementation == "sdpa", "as it was"
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 300), st.integers(0, 150), st.sampled_from([0, 7, 100]),
+    st.sampled_from([(4, 4), (6, 2), (4, 1)]), st.sampled_from([None, 0.3]),
+)  # fmt: skip
+def test_the_gradient_of_short_attention_is_that_of_exact_attention(
+    tokens: int, before: int, window: int, heads: tuple[int, int], scale: float | None
+) -> None:
+    """In bf16 on a CPU it is written by hand: with a shared beginning, windows and groups of heads, as exact as torch's own."""
+    from scripts.utils import attention
+
+    torch.manual_seed(tokens)
+    mask = attention._mask(tokens, before, window, torch.device("cpu")) if before or window else None
+    shapes = [(1, heads[0], tokens, 16), (1, heads[1], before + tokens, 16), (1, heads[1], before + tokens, 16)]
+    low = [torch.randn(shape).to(torch.bfloat16).requires_grad_() for shape in shapes]
+    exact = [part.detach().float().requires_grad_() for part in low]
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        *exact, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    upstream = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, exact, upstream)
+    found = attention._ShortAttention.apply(*low, mask, 16**-0.5 if scale is None else scale)
+    torch.testing.assert_close(found.float(), plain, rtol=2e-2, atol=2e-2)
+    for one, other in zip(torch.autograd.grad(found, low, upstream.to(torch.bfloat16)), wanted, strict=True):
+        assert float((one.float() - other).norm()) <= 2e-2 * float(other.norm()) + 2e-3
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_compared_at_the_start_of_a_run_is_exact_for_every_family(name: str) -> None:
     exact = find_exact(tiny(name, vocab=VOCAB), examples())

@@ -16,7 +16,8 @@ from scripts.utils.errors import MachineError
 
 NAME = "sft_segments"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-
+_SHORT = 512  # tokens up to which _ShortAttention was measured faster
+_BLOCK = 128  # queries at a time in its gradient: small enough for the cache
 
 _PLAINLY = "set train.packing: false"
 
@@ -44,26 +45,93 @@ def _forward(
         raise CannotSegment("this model's attention is more than causal", _PLAINLY)
     if segments is None:
         raise CannotSegment("this model does not hand on to its attention what its caller gives", _PLAINLY)
+    native = query.device.type == "cpu" and softcap is None
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # for all segments at once
+    if groups > 1 and not native:  # for all segments at once
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # cut once: a slice each would have a gradient as large as the row
+    sizes = [end - start for start, end, _, _ in segments]
+    queries, keys, values = (part.split(sizes, dim=2) for part in (query, key, value))
+    at = {(start, end): number for number, (start, end, _, _) in enumerate(segments)}
     pieces = []
-    for start, end, prefix, prefix_end in segments:
-        q, k, v = (part[:, :, start:end] for part in (query, key, value))
-        before = prefix_end - prefix
-        if before:
-            k, v = (torch.cat([part[:, :, prefix:prefix_end], part[:, :, start:end]], 2) for part in (key, value))
-        window = sliding_window if sliding_window and before + end - start > sliding_window else 0
-        mask = _mask(end - start, before, window, query.device) if before or window else None
+    for number, (_, _, prefix, prefix_end) in enumerate(segments):
+        q, k, v = queries[number], keys[number], values[number]
+        if before := prefix_end - prefix:
+            first = at[prefix, prefix_end]
+            k, v = torch.cat([keys[first], k], 2), torch.cat([values[first], v], 2)
+        window = sliding_window if sliding_window and k.shape[2] > sliding_window else 0
+        mask = _mask(q.shape[2], before, window, query.device) if before or window else None
         if softcap is not None:
-            pieces.append(_capped(q, k, v, scaling, softcap, dropout, mask))
+            found = _capped(q, k, v, scaling, softcap, dropout, mask)
+        elif native and q.dtype == torch.bfloat16 and k.shape[2] <= _SHORT and not dropout:
+            found = _ShortAttention.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scaling is None else scaling)
         else:
-            pieces.append(
-                scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
-                )
+            found = scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=native and groups > 1
             )
-    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
+        pieces.append(found.transpose(1, 2))
+    return torch.cat(pieces, 1), None
+
+
+class _ShortAttention(torch.autograd.Function):
+    """SDPA whose gradient is made of a few large products: on a CPU, in bf16, torch's own takes over twice the time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """``q``: [1, heads, tokens, size], ``k`` and ``v``: [1, groups of heads, before + tokens, size]."""
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, mask = ctx.saved_tensors
+        with torch.autocast(upstream.device.type, enabled=False):
+            return *_short_gradients(q, k, v, mask, upstream, ctx.scale), None, None
+
+
+def _short_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    upstream: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of q, k and v; as in ``_ShortAttention``."""
+    (_, heads, tokens, size), groups = q.shape, k.shape[1]
+    split = (groups, heads // groups)
+    before = k.shape[2] - tokens
+    plain_k, plain_v = k[0], v[0]
+    exact_k = plain_k.float().transpose(1, 2)
+    of_q = torch.empty_like(q)
+    of_k, of_v = (torch.zeros(plain_k.shape, dtype=torch.float32) for _ in "kv")
+    for start in range(0, tokens, _BLOCK):  # the heads of a group stand below one another
+        end = min(start + _BLOCK, tokens)
+        rows, seen = end - start, before + end
+        part, above = (whole[0, :, start:end].unflatten(0, split).reshape(groups, -1, size) for whole in (q, upstream))
+        part = part * scale
+        # in fp32: a score's error is its weight's relative one
+        scores = (part.float() @ exact_k[:, :, :seen]).view(*split, rows, seen)
+        if mask is None:  # only the last block is not seen whole
+            scores[..., before + start :].masked_fill_(_later(rows, q.device), -torch.inf)
+        else:
+            scores.masked_fill_(~mask[start:end, :seen], -torch.inf)
+        weights = torch.softmax(scores, -1).to(q.dtype).view(groups, -1, seen)
+        of_v[:, :seen] += weights.transpose(1, 2) @ above
+        of_weights = above @ plain_v[:, :seen].transpose(1, 2)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, q.dtype)
+        of_q[0, :, start:end] = (of_scores @ plain_k[:, :seen]).mul_(scale).view(heads, rows, size)
+        of_k[:, :seen] += of_scores.transpose(1, 2) @ part
+    return of_q, of_k.to(k.dtype)[None], of_v.to(v.dtype)[None]
+
+
+@functools.lru_cache(32)
+def _later(tokens: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
 
 
 @functools.lru_cache(32)

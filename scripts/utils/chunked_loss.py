@@ -43,15 +43,13 @@ class ChunkedLoss(torch.autograd.Function):
             if cap:
                 logits = torch.tanh(logits / cap) * cap
             slope = 1 - (logits / cap).square() if cap and any(wanted) else None
-            # as log_softmax does it: a loss near zero would be the small difference of two large numbers
-            logits -= logits.amax(-1, keepdim=True)
-            at_target = logits.gather(1, target)
-            gradient = logits.exp_()
-            sums = gradient.sum(-1, keepdim=True)
-            total += (sums.log() - at_target).sum()
+            # not logsumexp minus target: a loss near zero would be the small difference of two large numbers
+            likely = torch.log_softmax(logits, -1)
+            del logits
+            total -= likely.gather(1, target).sum()
             if not any(wanted):
                 continue
-            gradient /= sums
+            gradient = likely.exp_()
             gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
             if slope is not None:
                 gradient *= slope

@@ -82,6 +82,7 @@ class Exact:
     segments: bool
     shared: bool
     chunked: bool
+    lean: bool = False
 
 
 def batch_loss(
@@ -160,4 +161,27 @@ def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss
     packing = segments or same(total([pair], way, False))
     once = total([[pair[0]]], way, False)
     shared = segments and same(total([[pair[0], pair[0]]], way, True, shared=True), 2 * once)
-    return Exact(packing, segments, shared, chunked)
+    return Exact(packing, segments, shared, chunked, lean=_lean_is_exact(model, pair[0], way))
+
+
+def _lean_is_exact(model: Any, example: Encoded, loss: Loss) -> bool:
+    """Whether a lean adapter gives the gradients that PEFT's own code gives, to the rounding of the model's precision."""
+    import torch
+
+    from scripts.utils.lean_lora import lean, lean_layers
+
+    if not lean_layers(model):
+        return False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    row, was_training = on_device(to_row([example]), trained[0].device), model.training
+    model.train()  # as it trains, with its checkpoints
+
+    def gradients(wanted: bool) -> torch.Tensor:
+        with lean(model, wanted):
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model, row), trained)]).float()
+
+    plain, found = gradients(False), gradients(True)
+    model.train(was_training)
+    # 16 bit round each gradient by several per cent; a wrong one is off by as much as itself
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
+    return float((found - plain).norm()) <= tolerance * float(plain.norm()) + 1e-6

@@ -18,6 +18,7 @@ from scripts.utils import adapters, checkpoints, console, files, hardware, stamp
 from scripts.utils.attention import by_segment
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, MachineError, RefusedError
+from scripts.utils.lean_lora import lean
 from scripts.utils.loss import Exact, Loss, batch_loss
 from scripts.utils.packing import Row, rows_in_order, split_indices, to_padded, to_row
 from scripts.utils.schedule import Schedule, Step, Steps, row_budget
@@ -90,7 +91,7 @@ class SFTTrainer(Trainer):
         draws = training_state.random_state() if self.config.lora.dropout else None
         while True:
             try:
-                with by_segment(model, self.exact.segments):
+                with by_segment(model, self.exact.segments), lean(model, self.exact.lean):
                     total, tokens = self._accumulate(model, inputs)
                 break
             except Exception as error:
