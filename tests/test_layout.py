@@ -23,10 +23,10 @@ workers
 files yaml_text gguf_file unpacked hardware turns template_guard literals lengths spans
 training_state unsloth_probe json_rows splits continued near suspicious report_page
 arrow_rows
-config raw_files prompts stages stamp checkpoints model_folder chat backend_choice
-command records model_hub embedded_model encoding attention chunked_loss metrics resume backends
-packing
-loss
+config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
+command records model_hub embedded_model encoding attention chunked_loss metrics resume memory
+packing planning offload
+loss backends
 data_hub reading
 model_store schedule adapters tally sources unsloth_child shown grouping
 data_report

@@ -83,16 +83,21 @@ def from_config(config: dict[str, Any], where: str = "config.json") -> Architect
     experts = any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     missing = [key for key in _SIZES if not isinstance(config.get(key), int) or config[key] < 1]
     if family not in _FAMILIES or experts or missing:
-        why = "has experts" if experts else f"lacks {', '.join(missing)}" if missing else "is built in a way unknown here"
+        why = (
+            "has experts" if experts else f"lacks {', '.join(missing)}" if missing else "is built in a way unknown here"
+        )
         raise UserError(
-            f"{where}: cannot plan this model: {family!r} {why}", f"planned are: {', '.join(_FAMILIES)}; train works without"
+            f"{where}: cannot plan this model: {family!r} {why}",
+            f"planned are: {', '.join(_FAMILIES)}; train works without",
         )
     norms, tied = _FAMILIES[family]
     hidden, inner, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     size = config.get("head_dim") or hidden // heads
     queries, keys = heads * size, (config.get("num_key_value_heads") or heads) * size
     query_norm = family in ("qwen3", "gemma3_text")
-    biases = queries + 2 * keys if family == "qwen2" else queries + 2 * keys + hidden if config.get("attention_bias") else 0
+    biases = (
+        queries + 2 * keys if family == "qwen2" else queries + 2 * keys + hidden if config.get("attention_bias") else 0
+    )
     biases += 2 * inner + hidden if config.get("mlp_bias") else 0
     return Architecture(
         family=family,

@@ -9,7 +9,11 @@ from typing import Literal
 
 from scripts.utils.architecture import Architecture
 
-FRAMEWORK = {"cuda": 0.8 * 2**30, "mps": 0.8 * 2**30, "cpu": 0.7 * 2**30}  # context and kernels, or the libraries: assumed
+FRAMEWORK = {
+    "cuda": 0.8 * 2**30,
+    "mps": 0.8 * 2**30,
+    "cpu": 0.7 * 2**30,
+}  # context and kernels, or the libraries: assumed
 _LOGITS = 2**24  # of a chunk, as chunked_loss.py has it
 
 
@@ -39,6 +43,7 @@ class Memory:
 
     always: dict[str, int]
     turns: dict[str, int]
+    host: int = 0  # what a lever moves from the device into the host's memory
 
     @property
     def peak(self) -> int:
@@ -52,14 +57,15 @@ class Memory:
 def predict(shape: Architecture, run: Setting) -> Memory:
     full, wide = run.mode == "full", 4 if run.precision == "fp32" else 2
     stored = 4 if full else wide
-    embeddings = 0 if run.host_embeddings and not shape.tied else shape.embedding * stored
+    elsewhere = shape.embedding * stored if run.host_embeddings and not shape.tied else 0
+    embeddings = 0 if elsewhere else shape.embedding * stored
     others = (shape.total - shape.in_linears - shape.embedding) * stored
     adapter = 0 if full else shape.adapter(run.rank, run.targets)
     trained = shape.total if full else adapter
     saved = saved_by_layer(shape, run, wide)
     inputs = run.tokens * shape.hidden * (4 if full else wide)
     kept = inputs * shape.layers + saved if run.checkpointing else saved * shape.layers
-    kept = saved if run.offload else kept  # all but the layer at work lie in host memory
+    away, kept = (kept, saved) if run.offload else (0, kept)  # all but the layer at work lie in host memory
     always = {
         "weights": round(shape.in_linears * (0.5 if run.mode == "qlora" else stored)) + embeddings + others,
         "quantisation tables": quantisation_tables(shape.in_linears) if run.mode == "qlora" else 0,
@@ -71,16 +77,18 @@ def predict(shape: Architecture, run: Setting) -> Memory:
     }
     widest = max(linear.size for linear in shape.linears)
     unpacked = widest * wide if run.mode == "qlora" else 0
-    head = shape.embedding * 4 if full else 0  # the head's gradient, computed with the loss
+    head = shape.embedding * 4 if full else 0  # the head's gradient, computed with the loss, and a chunk's share of it
     largest = max(shape.embedding if full else 0, 0 if full else run.rank * shape.intermediate)
     turns = {
-        "loss": logits(shape, run, wide) + head,
+        "loss": logits(shape, run, wide) + head + (head if wide == 4 else head * 3 // 2),
         "backward": going_back(shape, run, wide) + unpacked + head,
         # Adam's own temporaries, where it is not fused; activations are gone by then
         "optimizer step": max(0, (2 * largest * 4 if run.optimizer == "adamw_torch" else 0) - always["activations"]),
-        "validation": max(0, no_gradient(shape, run, wide) + unpacked + logits(shape, run, wide) - always["activations"]),
+        "validation": max(
+            0, no_gradient(shape, run, wide) + unpacked + logits(shape, run, wide) - always["activations"]
+        ),
     }
-    return Memory(always, turns)
+    return Memory(always, turns, away + elsewhere)
 
 
 def quantisation_tables(weights: int) -> int:
@@ -107,15 +115,15 @@ def saved_by_layer(shape: Architecture, run: Setting, wide: int) -> int:
     targets = list(shape.linears) if full else shape.targets(run.targets)
     # PEFT casts the input of each layer for the adapter's fp32 weights: a copy of its own, but not over 4-bit layers
     own_copies = run.dropout or (run.mode == "lora" and wide == 2)
-    widths = [l.inputs for l in targets] if own_copies else list({l.source: l.inputs for l in targets}.values())
-    inputs = tokens * sum(widths) * (wide + (1 if run.dropout else 0))
+    read = [(str(number) if own_copies else linear.source, linear.inputs) for number, linear in enumerate(targets)]
+    inputs = tokens * sum(dict(read).values()) * (wide + (1 if run.dropout else 0))
     low_rank = 0 if full else tokens * run.rank * len(targets) * wide
     return norms + attention + gates + inputs + low_rank
 
 
 def end_of_model(shape: Architecture, run: Setting, wide: int) -> int:
-    """Behind the layers: the last norm's input and output, the trained positions picked out, and their gradient."""
-    return run.tokens * shape.hidden * (4 + 3 * wide)
+    """Behind the layers: the last norm's input and output, the trained positions picked out, and their gradient (of fp16 in fp32)."""
+    return run.tokens * shape.hidden * (4 + 3 * wide + (2 if run.precision == "fp16" else 0))
 
 
 def copies_of_weights(shape: Architecture, adapter: int, full: bool, wide: int) -> int:
