@@ -10,7 +10,7 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS
+unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS GPU_GB
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -38,6 +38,7 @@ export SFT_KILLS = $(value KILLS)
 export SFT_ROW = $(value ROW)
 export SFT_IDS = $(value IDS)
 export SFT_ROWS = $(value ROWS)
+export SFT_GPU_GB = $(value GPU_GB)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -103,7 +104,10 @@ full-pipeline: train ## everything: process, style, render, train, eval
 	@$(PY) scripts/eval.py
 
 ##@ Train
-.PHONY: train train-bnb train-unsloth train-bnb-tb train-unsloth-tb tensorboard tb-stop selftest
+.PHONY: plan train train-bnb train-unsloth train-bnb-tb train-unsloth-tb tensorboard tb-stop selftest
+plan: ready ## predict memory, steps, hours and disk, and what to change where it does not fit   CONFIG= MODEL= SET= GPU_GB=8
+	@$(PY) scripts/plan.py
+
 train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must
 	@$(PY) scripts/train.py
 
@@ -189,3 +193,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
 #: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
 #: KILLS    kills of make torture (200)                ROWS     sizes for make bench-data
+#: GPU_GB   make plan for a CUDA card of this many GiB that need not be here

@@ -27,6 +27,7 @@ from scripts.utils import (
     initial,
     model_folder,
     model_store,
+    planning,
     rendered,
     resume,
     stamp,
@@ -116,6 +117,8 @@ def train(
     precision = hardware.choose_precision(config.train, machine, earlier)
     model_files = model_store.resolve(config.model.name, config.model.revision)
     model_hash = model_store.content_hash(model_files.path)
+    wanted = config
+    config, plan, no_plan = planning.resolve(config, model_files.path, machine, precision.actual, choice.actual)
     init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None
     identity = resume.identity_of(
         config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None
@@ -129,6 +132,7 @@ def train(
         return
     checkpoints.remove_leftovers(folder)
     say_choices(choice, precision, machine)
+    say_plan(plan, no_plan, wanted)
 
     tokenizer = chat.load_tokenizer(model_files.path)
     template = chat.choose_template(tokenizer, config.render.template)
@@ -162,6 +166,7 @@ def train(
         "packing": config.train.packing,
         "engine": asdict(exact),
         "gradient_checkpointing": loaded.checkpointing,
+        "plan": plan.facts() if plan else None,
         "hardware": asdict(machine),
         "versions": stamp.library_versions(),
         "git": stamp.git_state(files.REPO_ROOT),
@@ -319,6 +324,20 @@ def say_choices(
     if precision.changed:
         console.warn(f"precision {precision.requested} was asked for; training in {precision.actual}: {precision.why}")
     console.note("train", f"{choice.actual} on {machine.name} in {precision.actual} ({precision.why})")
+
+
+def say_plan(plan: planning.Plan | None, why_none: str, wanted: "Config") -> None:
+    if plan is None:
+        console.note("train", f"no plan of the memory: {why_none}")
+        return
+    console.note("train", f"plan: {plan.verdict()}")
+    console.note("train", f"plan: {plan.choices()}")
+    if wanted.model.embeddings == "host" and not plan.run.host_embeddings:
+        console.warn(
+            "model.embeddings: host has no use here: the table is trained, shared with the head, or not on a card"
+        )
+    if not plan.fits:
+        console.warn("by plan this run does not fit; it is tried all the same. make plan says what to change")
 
 
 def choose_loss(config: "Config", model: Any, examples: list[Encoded], fused: bool) -> tuple[Loss, Exact]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import environment
+from scripts.utils import environment, planning
 from scripts.utils.errors import MachineError, SFTError, UserError
 
 if TYPE_CHECKING:
@@ -149,22 +149,6 @@ def linear_names(model: Any) -> list[str]:
     return sorted(found)
 
 
-def needs_checkpointing(config: "Config", model_config: Any, hardware: "Hardware") -> bool:
-    """Whether activations would take more than a third of the memory.
-
-    34 bytes a token, layer and hidden unit in 16 bit (Korthikanti et al. 2022, arXiv 2205.05198, without the attention
-    matrix, which SDPA does not keep); doubled, as fp32 takes twice that.
-    """
-    setting = config.train.gradient_checkpointing
-    if setting != "auto":
-        return setting
-    # a packed row may be shorter than its longest example
-    tokens = max(
-        config.render.max_length, config.train.pack_length or config.render.max_length * config.train.batch_size
-    )
-    return bool(2 * 34 * tokens * model_config.hidden_size * model_config.num_hidden_layers > hardware.memory / 3)
-
-
 def load_for_training(
     config: "Config",
     path: Path,
@@ -177,12 +161,11 @@ def load_for_training(
 
     Raises ``MachineError`` where the loaded model is not what was asked for: Unsloth goes on in silence.
     """
-    from transformers import AutoConfig, set_seed
+    from transformers import set_seed
 
     set_seed(config.train.seed)  # the adapter's first weights are random: the Trainer's own seeding comes too late
-    checkpointing = needs_checkpointing(
-        config, AutoConfig.from_pretrained(str(path), local_files_only=True).get_text_config(), hardware
-    )
+    config = planning.resolve(config, path, hardware, precision, backend)[0]
+    checkpointing = config.train.gradient_checkpointing is True
     quantised = config.tuning.mode == "qlora"
     if quantised and hardware.device == "mps":
         raise MachineError("bitsandbytes has no 4-bit layers for Apple GPUs", "use tuning.mode: lora")
@@ -249,6 +232,10 @@ def _build_bitsandbytes(
         attention=attention,
     )
     model.config.use_cache = False
+    if config.model.embeddings == "host":  # as planned: they are frozen and of their own
+        from scripts.utils.offload import keep_embeddings_on_host
+
+        keep_embeddings_on_host(model)
     targets: list[str] = []
     if not full:
         from peft import LoraConfig, get_peft_model

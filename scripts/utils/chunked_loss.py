@@ -62,6 +62,7 @@ class ChunkedLoss(torch.autograd.Function):
                 of_weight += (gradient.mT @ part).float() / boost
             if of_bias is not None:
                 of_bias += gradient.float().sum(0) / boost
+            del computed, likely, gradient  # else they lie beside the next chunk's
         ctx.gradients = of_hidden, of_weight, of_bias
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total

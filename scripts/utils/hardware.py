@@ -13,7 +13,7 @@ from scripts.utils import files
 from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
-    from scripts.utils.schema import TrainSection
+    from scripts.utils.schema import Config, TrainSection
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -182,6 +182,20 @@ def choose_precision(train: "TrainSection", hardware: Hardware, earlier: Precisi
         )
     actual, why = best_precision(hardware)
     return PrecisionChoice(requested, actual, f"{reasons}; {why}", changed=True)
+
+
+def optimizer_name(config: "Config", hardware: Hardware) -> str:
+    """TrainingArguments' name for train.optimizer; raises ``MachineError`` for 8-bit states without CUDA."""
+    wanted = config.train.optimizer
+    if wanted == "auto":
+        if hardware.device != "cuda":
+            return "adamw_torch"
+        return "paged_adamw_8bit" if hardware.memory < 12 * 2**30 else "adamw_torch_fused"
+    if "8bit" in wanted and hardware.device != "cuda":
+        raise MachineError(
+            f"train.optimizer {wanted} needs an NVIDIA card, this is {hardware.name}", "use train.optimizer: auto"
+        )
+    return {"adamw_8bit": "adamw_bnb_8bit"}.get(wanted, wanted)
 
 
 def memory_in_use(hardware: Hardware) -> int:

@@ -31,7 +31,7 @@ class Schedule:
 
 def row_budget(config: "Config") -> int:
     """Tokens of a packed row."""
-    return config.train.pack_length or config.render.max_length * config.train.batch_size
+    return config.train.pack_length or config.render.max_length * config.train.micro_batch
 
 
 def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
@@ -47,7 +47,7 @@ def make_schedule(config: "Config", examples: Sequence[Encoded]) -> Schedule:
     wanted = per_epoch = 0
     for epoch in itertools.count():
         seed = train.seed * 100_003 + epoch
-        rows = make_rows(examples, budget=budget, batch_size=train.batch_size, packing=train.packing, seed=seed)
+        rows = make_rows(examples, budget=budget, batch_size=train.micro_batch, packing=train.packing, seed=seed)
         steps += [rows[start : start + group] for start in range(0, len(rows), group)]
         per_epoch = per_epoch or len(steps)
         whole, part = divmod(train.epochs, 1)

@@ -30,6 +30,7 @@ class ModelSection(Section):
     name: str = "embedded/smollm2-135m-instruct"
     revision: str | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    embeddings: Literal["auto", "device", "host"] = "auto"
 
 
 class SourceSection(Section):
@@ -85,7 +86,7 @@ class LoraSection(Section):
 class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: Positive | None = None
-    batch_size: Positive = 1
+    batch_size: Literal["auto"] | Positive = 1
     gradient_accumulation: Positive = 8
     packing: bool = True
     share_prefix: bool = True
@@ -98,6 +99,7 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     gradient_checkpointing: Switch = "auto"
+    activation_offload: bool = False
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     bf16: bool | None = None
     fp16: bool | None = None
@@ -113,6 +115,11 @@ class TrainSection(Section):
     early_stopping_patience: Annotated[int, Field(ge=0)] = 0
     non_finite: Literal["stop", "skip"] = "stop"
     self_test: bool = True
+
+    @property
+    def micro_batch(self) -> int:
+        """``batch_size`` as a number; planning.py resolves auto before a run begins."""
+        return 1 if self.batch_size == "auto" else self.batch_size
 
     @property
     def chooses_best(self) -> bool:

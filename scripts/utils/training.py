@@ -20,6 +20,7 @@ from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, MachineError, RefusedError
 from scripts.utils.lean_lora import lean
 from scripts.utils.loss import Exact, Loss, batch_loss
+from scripts.utils.offload import activations_on_host
 from scripts.utils.packing import Row, rows_in_order, split_indices, to_padded, to_row
 from scripts.utils.schedule import Schedule, Step, Steps, row_budget
 
@@ -70,6 +71,7 @@ class SFTTrainer(Trainer):
         self.identity, self.exact, self.pad_id = identity, exact, pad_id
         self.chooses_best = bool(val) and config.train.chooses_best
         self.run_state = RunState()
+        self._offloads = config.train.activation_offload and machine.device == "cuda"
         self.checkpoint_bytes = 0
         self._staging: Path | None = None
         self._restored: dict[str, Any] = {}
@@ -124,7 +126,7 @@ class SFTTrainer(Trainer):
         for indices in (part for row in self._rows(inputs) for part in self._parts(row, self.run_state.divisor)):
             tokens += sum(len(self.examples[i].ids) for i in indices)
             row = self._prepare_inputs(self._to_row(indices))
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), activations_on_host(model, self._offloads):
                 loss = self.loss(model, row) / max(count, 1)
             total += loss.detach()
             if not torch.isfinite(loss):
@@ -161,7 +163,7 @@ class SFTTrainer(Trainer):
             + (
                 f"train.pack_length: {row_budget(self.config) // self.run_state.divisor}"
                 if self.config.train.packing
-                else f"train.batch_size: {max(1, self.config.train.batch_size // self.run_state.divisor)}"
+                else f"train.batch_size: {max(1, self.config.train.micro_batch // self.run_state.divisor)}"
             )
         )
 
@@ -332,7 +334,9 @@ class SFTTrainer(Trainer):
         folder = Path(self.args.output_dir)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         # Adam keeps two numbers a weight
-        states = sum(p.numel() for p in trained) * (2 if "8bit" in optimizer_name(self.config, self.machine) else 8)
+        states = sum(p.numel() for p in trained) * (
+            2 if "8bit" in hardware.optimizer_name(self.config, self.machine) else 8
+        )
         weights = sum(value.nbytes for value in adapters.trained_state(self.model).values())
         need = self.checkpoint_bytes = weights + states
         # those that rotation keeps, the best one, one in the making, and the export
@@ -367,20 +371,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def optimizer_name(config: "Config", machine: hardware.Hardware) -> str:
-    """TrainingArguments' name for train.optimizer; raises ``MachineError`` for 8-bit states without CUDA."""
-    wanted = config.train.optimizer
-    if wanted == "auto":
-        if machine.device != "cuda":
-            return "adamw_torch"
-        return "paged_adamw_8bit" if machine.memory < 12 * 2**30 else "adamw_torch_fused"
-    if "8bit" in wanted and machine.device != "cuda":
-        raise MachineError(
-            f"train.optimizer {wanted} needs an NVIDIA card, this is {machine.name}", "use train.optimizer: auto"
-        )
-    return {"adamw_8bit": "adamw_bnb_8bit"}.get(wanted, wanted)
-
-
 def trackers(config: "Config") -> list[str] | str:
     """tracking.report_to as the Trainer takes it; raises ``MachineError`` for a tracker that is not installed."""
     for name in config.tracking.report_to:
@@ -408,7 +398,7 @@ def training_arguments(
         warmup_steps=int(warmup),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim=optimizer_name(config, machine),
+        optim=hardware.optimizer_name(config, machine),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=machine.device == "cpu",
