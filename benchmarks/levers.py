@@ -38,7 +38,7 @@ class Variant:
 VARIANTS = (
     Variant("all levers"),
     Variant("shared beginnings repeated (share_prefix off)", shared=False),
-    Variant("dense mask over the row (no attention by segment)", shared=False, segments=False),
+    Variant("dense mask over the row (segments off, so share_prefix too)", shared=False, segments=False),
     Variant("whole logits (no chunks)", chunked=False),
     Variant("padded (packing off)", packed=False, shared=False, segments=False),
     Variant("none of these", packed=False, shared=False, segments=False, chunked=False),
