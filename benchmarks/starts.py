@@ -38,6 +38,7 @@ def starts(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) -
     for step in STEPS:
         done = seconds(step, "--config", "run.yaml")
         steps[step] = {"seconds": done.seconds, "peak_bytes": done.peak_bytes}
+        print(f"bench: {step}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
     header = ["script", "seconds to --help", "seconds as a step", "peak memory"]
     lines = [
         [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import contestants, flops, measured, plot, results, rows, train
+from benchmarks import contestants, flops, inference, levers, measured, plot, results, rows, steps, train
 from benchmarks.contestants import Result
 from scripts.utils.errors import MachineError, UserError
 from tests.commands import ROOT, environment, run
@@ -175,6 +175,46 @@ def test_trl_that_cannot_be_fetched_says_how_to_go_on(tmp_path, monkeypatch):
         contestants.trl_folder()
     assert "--contestants" in caught.value.hint
     assert list((tmp_path / ".cache" / "bench").iterdir()) == []
+
+
+def examples_of(model: Path, count: int) -> list:
+    turns = [("user", "How much is {n} and {n}?"), ("assistant", "It is {n} twice.")]
+    messages = [[{"role": role, "content": text.format(n=n)} for role, text in turns] for n in range(count)]
+    return rows.encode(model, [{"messages": m} for m in messages], system="Answer as a patient teacher would.")
+
+
+@pytest.mark.parametrize("variant", steps.VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_leaves_the_weights_as_it_found_them(variant, tiny_model):
+    import torch
+
+    job = rows.Job(str(tiny_model), "fp32", pack_length=200, max_length=128, rank=4)
+    model = steps.load(job)
+    before = [p.detach().clone() for p in model.parameters()]
+    seconds, _ = steps.run_steps(model, [examples_of(tiny_model, 4)] * 2, variant, job)
+    assert seconds > 0
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert model.config._attn_implementation == "sdpa" and not model.is_gradient_checkpointing
+
+
+def test_each_way_of_answering_gives_the_same_text_in_fp32(tiny_model, monkeypatch):
+    from scripts.utils import backends, chat
+
+    monkeypatch.setattr(inference, "NEW_TOKENS", 4)
+    model = backends.load_causal_lm(tiny_model, precision="fp32", device="cpu").eval()
+    encoded = examples_of(tiny_model, 5)
+    prompts = inference.prompts_of(rows.Rows([], [], encoded[:3], encoded[3:]))
+    assert len(prompts) == 5 and all(len(p) < len(e.ids) for p, e in zip(prompts, encoded, strict=True))
+    ways = inference.ways(model, chat.load_tokenizer(tiny_model), [2], prompts)
+    batched, alone, plain = (way() for way in ways.values())
+    assert batched == alone == plain and len(alone) == 5
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_a_system_prompt_has_about_the_tokens_asked_for(tokens, tiny_model):
+    text = levers.system_prompt(tiny_model, tokens)
+    asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    without, behind = (len(rows.encode(tiny_model, [{"messages": asked}], given)[0].ids) for given in ("", text))
+    assert abs(behind - without - tokens) <= 2
 
 
 @pytest.mark.slow
