@@ -10,7 +10,7 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS GPU_GB
+unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -39,6 +39,8 @@ export SFT_ROW = $(value ROW)
 export SFT_IDS = $(value IDS)
 export SFT_ROWS = $(value ROWS)
 export SFT_GPU_GB = $(value GPU_GB)
+export SFT_ROUNDS = $(value ROUNDS)
+export SFT_PRECISION = $(value PRECISION)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -150,7 +152,7 @@ merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by
 ##@ Develop
 # two files of tests at a time, in the order that tests/conftest.py gives them
 TWO_AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
-.PHONY: install-dev test test-fast torture bench-data lint format clean clean-all
+.PHONY: install-dev test test-fast torture bench bench-data lint format clean clean-all
 install-dev: export SFT_EXTRAS = dev $(value EXTRAS)
 install-dev:
 	@env/install.sh
@@ -163,6 +165,11 @@ test-fast: install-dev ## the tests that take about 3 minutes together
 
 torture: install-dev ## kill a run at random and at every crash point of its saves, fill its disk, resume each time   KILLS=200
 	@$(PY) -m tests.torture
+
+bench: export SFT_EXTRAS = bench $(value EXTRAS)
+bench: ## training beside TRL and a padded Trainer, on the same rows   RAW= ROWS=64 ROUNDS=3 PRECISION=fp32|bf16
+	@env/install.sh
+	@$(PY) -m benchmarks.train
 
 bench-data: export SFT_EXTRAS = bench $(value EXTRAS)
 bench-data: ## rows/s and memory of process, style and render beside datasets.map   ROWS=1000,100000
@@ -192,5 +199,6 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
 #: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
-#: KILLS    kills of make torture (200)                ROWS     sizes for make bench-data
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here
+#: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
+#: ROUNDS, PRECISION for make bench

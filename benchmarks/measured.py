@@ -1,9 +1,10 @@
-"""A command with its wall time and the peak memory of its whole process tree."""
+"""A command with its wall time, the peak memory of its whole process tree, and when it said what."""
 
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,32 +15,46 @@ _EVERY = 0.1  # seconds between two looks at the memory
 
 @dataclass(frozen=True)
 class Measured:
-    """``peak_bytes`` is proportional set size: a page that processes share counts once. Where the system does not tell it, resident size."""
+    """``peak_bytes`` is proportional set size: a page that processes share counts once. Where the system does not tell it, resident size.
+
+    ``lines`` are what the command printed, each with the seconds since its start.
+    """
 
     seconds: float
     peak_bytes: int
+    lines: tuple[tuple[float, str], ...] = ()
 
 
-def run(command: Sequence[str], folder: Path) -> Measured:
+def run(command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None) -> Measured:
     """Run ``command`` in ``folder``; ends this program with the command's own words when it fails."""
-    log = folder / "log.txt"
+    lines: list[tuple[float, str]] = []
     start, peak = time.monotonic(), 0
-    with log.open("w") as output:
-        process = psutil.Popen(command, cwd=folder, stdout=output, stderr=output)
-        try:
-            while process.poll() is None:
-                peak = max(peak, _memory(process))
-                try:
-                    process.wait(_EVERY)
-                except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
-                    continue
-        finally:
-            if process.poll() is None:
-                process.kill()
+    process = psutil.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+
+    def listen() -> None:
+        lines.extend((time.monotonic() - start, line.rstrip("\n")) for line in process.stdout)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        while process.poll() is None:
+            peak = max(peak, _memory(process))
+            try:
+                process.wait(_EVERY)
+            except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
+                continue
+    finally:
+        if process.poll() is None:
+            process.kill()
     seconds = time.monotonic() - start
+    listener.join(5)
+    text = "".join(f"{line}\n" for _, line in lines)
+    (folder / "log.txt").write_text(text)
     if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))}: exit code {process.returncode}\n{log.read_text()[-3000:]}")
-    return Measured(seconds, peak)
+        sys.exit(f"{' '.join(map(str, command))}: exit code {process.returncode}\n{text[-3000:]}")
+    return Measured(seconds, peak, tuple(lines))
 
 
 def _memory(process: psutil.Process) -> int:
