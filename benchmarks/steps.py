@@ -27,6 +27,7 @@ class Variant:
     shared: bool = True
     segments: bool = True
     chunked: bool = True
+    lean: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw_torch"
 
@@ -36,8 +37,9 @@ VARIANTS = (
     Variant("shared beginnings repeated (share_prefix off)", shared=False),
     Variant("dense mask over the row (segments off, so share_prefix too)", shared=False, segments=False),
     Variant("whole logits (no chunks)", chunked=False),
+    Variant("PEFT's own adapter (lean_lora off)", lean=False),
     Variant("padded (packing off)", packed=False, shared=False, segments=False),
-    Variant("none of these", packed=False, shared=False, segments=False, chunked=False),
+    Variant("none of these", packed=False, shared=False, segments=False, chunked=False, lean=False),
     Variant("gradient checkpointing on", checkpointing=True),
     Variant("optimizer adamw_torch_fused", optimizer="adamw_torch_fused"),
 )
@@ -58,6 +60,7 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
     import torch
 
     from scripts.utils.attention import by_segment
+    from scripts.utils.lean_lora import lean
     from scripts.utils.loss import on_device, summed_loss, whole_loss
     from scripts.utils.packing import rows_in_order, to_padded, to_row
 
@@ -74,7 +77,7 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
         start = time.perf_counter() if number == 1 else start
         count = sum(example.trained_tokens for example in examples)
         order = rows_in_order(examples, range(len(examples)), job.pack_length, variant.shared) if variant.packed else []
-        with by_segment(model, variant.segments):
+        with by_segment(model, variant.segments), lean(model, variant.lean):
             for row in order or [range(len(examples))]:
                 part = [examples[i] for i in row]
                 tensors = on_device(to_row(part, variant.shared) if variant.packed else to_padded(part, 0), device)
