@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import yaml_text
 from scripts.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ def _merge_file(path: Path, merged: dict[str, Any], origins: Origins, seen: tupl
     resolved = path.resolve()
     if resolved in seen:
         raise UserError(f"{path}: includes itself by way of {seen[-1]}", "take one of the include: lines out")
+    from scripts.utils import yaml_text
+
     values, lines = yaml_text.load(path)
     include = values.pop("include", None)
     for name in [include] if isinstance(include, str) else include or []:
@@ -101,6 +102,8 @@ def _parse_overrides(text: str) -> list[tuple[tuple[str, ...], Any]]:
             raise UserError(f"SET: {word!r} is not section.key=value", 'write for example SET="train.epochs=1"')
         # lists, mappings and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
         is_yaml = (value and value[0] in opening) or value in ("null", "~", "")
+        from scripts.utils import yaml_text  # --help needs none of it
+
         pairs.append((tuple(key.split(".")), yaml_text.parse(value, f"SET {key}")[0] if is_yaml else value))
     return pairs
 

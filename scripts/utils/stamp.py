@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +87,8 @@ def without_secrets(value: Any) -> Any:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that decide a result."""
+    from importlib import metadata
+
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -109,6 +108,8 @@ def key(config: "Config", model: Path) -> str:
 
 
 def version(package: str) -> str | None:
+    from importlib import metadata  # brings email and more along, which --help need not wait for
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
