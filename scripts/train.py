@@ -31,6 +31,7 @@ from scripts.utils import (
     rendered,
     resume,
     stamp,
+    token_store,
 )
 from scripts.utils.config import run_name, to_yaml
 from scripts.utils.encoding import Encoded
@@ -137,9 +138,8 @@ def train(
     tokenizer = chat.load_tokenizer(model_files.path)
     template = chat.choose_template(tokenizer, config.render.template)
     tokenizer.chat_template = template.text
-    rows = {split: list(rendered.read_rows(want.folder, split)) for split in ("train", "val")}
-    examples = {split: rendered.to_examples(tokenizer, rows[split]) for split in rows}
-    console.note("train", f"{want.folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows")
+    examples = {split: token_store.examples(want, manifest, split, tokenizer) for split in ("train", "val")}
+    console.note("train", f"{want.folder}: {len(examples['train']):,} train rows, {len(examples['val']):,} val rows")
     if not examples["val"]:
         refuse_without_val(config, want.folder)
         console.note("train", "no val rows: no evaluation while training, no best checkpoint, no early stopping")
@@ -198,7 +198,7 @@ def train(
     stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
     files.write_text(folder / "config.yaml", to_yaml(config))
     resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
-    names = [f"{row['source']['file']}:{row['source']['line']}" for row in rows["train"]]
+    names = token_store.RowNames(want.folder, "train", len(examples["train"]))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     trainer = make_trainer(
         folder, config, loaded.model, loss, exact, tokenizer, examples, names, machine, precision.actual, identity
@@ -237,8 +237,8 @@ def make_trainer(
     loss: Loss,
     exact: Exact,
     tokenizer: Any,
-    examples: dict[str, list[Encoded]],
-    row_names: list[str],
+    examples: dict[str, Sequence[Encoded]],
+    row_names: Sequence[str],
     machine: hardware.Hardware,
     precision: str,
     identity: dict[str, Any],
@@ -299,7 +299,7 @@ def fit(run: str, folder: Path, config: "Config", trainer: "SFTTrainer", checkpo
         )
 
 
-def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any, examples: list[Encoded]) -> None:
+def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any, examples: Sequence[Encoded]) -> None:
     """Export the best (or last) weights, prove that they load, and sum up."""
     from scripts.utils import adapters, self_test
 
@@ -340,7 +340,7 @@ def say_plan(plan: planning.Plan | None, why_none: str, wanted: "Config") -> Non
         console.warn("by plan this run does not fit; it is tried all the same. make plan says what to change")
 
 
-def choose_loss(config: "Config", model: Any, examples: list[Encoded], fused: bool) -> tuple[Loss, Exact]:
+def choose_loss(config: "Config", model: Any, examples: Sequence[Encoded], fused: bool) -> tuple[Loss, Exact]:
     """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
     loss: Loss = fused_loss if fused else summed_loss
     packing = config.train.packing

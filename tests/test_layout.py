@@ -32,7 +32,7 @@ model_store schedule adapters tally sources unsloth_child shown grouping
 data_report
 spool
 rendered training trained generation initial
-rendering
+rendering token_store
 callbacks merging evaluation chat_session self_test
 """
 

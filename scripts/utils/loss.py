@@ -180,8 +180,12 @@ def _lean_is_exact(model: Any, example: Encoded, loss: Loss) -> bool:
         with lean(model, wanted):
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model, row), trained)]).float()
 
-    plain, found = gradients(False), gradients(True)
-    model.train(was_training)
+    try:
+        plain, found = gradients(False), gradients(True)
+    except torch.OutOfMemoryError:  # training itself says what to do about it
+        return False
+    finally:
+        model.train(was_training)
     # 16 bit round each gradient by several per cent; a wrong one is off by as much as itself
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
     return float((found - plain).norm()) <= tolerance * float(plain.norm()) + 1e-6
