@@ -178,3 +178,37 @@ def test_a_step_that_is_stopped_leaves_the_old_rows_and_no_half_ones(
     started.send_signal(number)
     assert started.wait(timeout=30) == 128 + number
     assert held() == before
+
+
+_STOPPED_WHILE_STARTING = """
+import os, signal, sys
+from concurrent.futures import process
+from scripts.utils import workers
+
+class Stopped(BaseException):
+    pass
+
+def stop(*_):
+    raise Stopped
+
+signal.signal(signal.SIGTERM, stop)
+real = process.ProcessPoolExecutor._spawn_process
+
+def spawn(self):
+    real(self)
+    os.kill(os.getpid(), signal.SIGTERM)  # the first worker is there, the others are not
+
+process.ProcessPoolExecutor._spawn_process = spawn
+try:
+    list(workers.in_order(lambda number: number, range(9), processes=2))
+except Stopped:
+    print("stopped")
+"""
+
+
+@linux
+def test_a_signal_while_the_workers_start_leaves_none_to_wait_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _STOPPED_WHILE_STARTING], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr

@@ -3,6 +3,7 @@
 Few rows are done in this process, and so are all where processes cannot be forked safely (macOS, Windows).
 """
 
+import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -20,6 +21,7 @@ from scripts.utils.errors import MachineError
 T = TypeVar("T")
 R = TypeVar("R")
 _MOST = 8  # a worker costs memory; beyond this the process that writes is what one waits for
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _AHEAD = 3  # chunks in flight a worker: enough to keep it busy, few enough to keep memory small
 
 _work: Callable[[Any], Any] | None = None  # of this process's children: a fork takes it along, whatever it refers to
@@ -49,7 +51,8 @@ def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int | None 
     waiting: deque[Future[R]] = deque()
     try:
         for chunk in everything:
-            waiting.append(executor.submit(_run, chunk))
+            with _no_signals():
+                waiting.append(executor.submit(_run, chunk))
             if len(waiting) > count * _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -64,6 +67,19 @@ def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int | None 
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_signals() -> Iterator[None]:
+    """Ctrl-C and the like wait until the block ends.
+
+    The first chunks start the workers: an exception there would leave some that no one ends, and Python waits for them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(chunk: Any) -> Any:
     assert _work is not None
     return _work(chunk)
@@ -73,6 +89,7 @@ def _prepare(parent: int) -> None:
     """In a new worker: Ctrl-C is the parent's to answer, and the worker ends with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # a fork takes the mask along
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it ended before that took effect
         os._exit(1)
