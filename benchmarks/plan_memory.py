@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import status
+
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "embedded/smollm2-135m-instruct"
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -78,12 +80,11 @@ def save_random(shape: tuple[Any, ...], precision: str, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def status(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"no {name} in /proc/self/status: this benchmark needs Linux")
+def memory_line(name: str) -> int:
+    found = status(name)
+    if found is None:
+        raise SystemExit(f"no {name} in /proc/self/status: this benchmark needs Linux")
+    return found
 
 
 def train_steps(config: Any, path: Path, precision: str, tokens: int, examples: int = 4) -> None:
@@ -131,9 +132,9 @@ def measure_here(tiny: str, model: str, mode: str, tokens: int, checkpointing: b
     """Bytes at the peak above what the libraries took; a tiny model of the same kind has made its steps before."""
     train_steps(make_config(tiny, mode, 64, checkpointing, precision), Path(tiny), precision, 64)
     gc.collect()
-    before = status("VmRSS")
+    before = memory_line("VmRSS")
     train_steps(make_config(model, mode, tokens, checkpointing, precision), Path(model), precision, tokens)
-    return status("VmHWM") - before
+    return memory_line("VmHWM") - before
 
 
 def child(what: str, *arguments: Any, plain: bool = False) -> str:

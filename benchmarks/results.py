@@ -1,6 +1,5 @@
 """Medians, ratios first, as Markdown and JSON; and the block of docs/benchmarks.md that holds the newest of them."""
 
-import os
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import NAMES, OURS, Result
-from scripts.utils import files, hardware
+from scripts.utils import files, hardware, workers
 from scripts.utils.errors import UserError
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -19,8 +18,7 @@ _MEDIAN_OF = ("rate", "trained_rate", "peak_bytes", "seconds", "first_step", "fl
 def machine() -> str:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{hardware.cpu_name()}, {cores} cores, {platform.system()}, torch {torch.__version__}"
+    return f"{hardware.cpu_name()}, {workers.cores()} cores, {platform.system()}, torch {torch.__version__}"
 
 
 def medians(results: Iterable[Result]) -> dict[str, dict[str, float]]:

@@ -11,10 +11,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import status
 from benchmarks.rows import GROUP, ROOT, Job
 from scripts.utils.encoding import Encoded
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 _STEPS = 4  # optimizer steps that are timed, after one that is not
 
 
@@ -88,7 +89,7 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    peak = _peak()
+    peak = status("VmHWM") if _CLEAR.exists() else None
     if variant.checkpointing:
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
@@ -103,13 +104,6 @@ def _forget_peak() -> None:
     if _CLEAR.exists():
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")
-
-
-def _peak() -> int | None:
-    if not _CLEAR.exists():
-        return None
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def in_turn(names: Sequence[str], rounds: int, measure: Callable[[str], tuple[float, int | None]]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _forward(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """SDPA whose gradient is made of a few large products: on a CPU, in bf16, torch's own takes over twice the time."""
+    """SDPA whose gradient is made of a few large products: on a CPU, in bf16, torch's own takes longer up to ``_SHORT`` tokens."""
 
     @staticmethod
     def forward(

@@ -170,8 +170,9 @@ class SFTTrainer(Trainer):
     def _pass_over(self, reason: str) -> torch.Tensor:
         """Stop, or leave the step's gradients out, as train.non_finite says."""
         step = self.state.global_step
-        names = [self.row_names[i] for row in self.schedule.steps[step] for i in row]
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        indices = [i for row in self.schedule.steps[step] for i in row]
+        shown = ", ".join(self.row_names[i] for i in indices[:5])  # a name is read from the file of rows
+        shown += f" and {len(indices) - 5} more" if len(indices) > 5 else ""
         self.run_state.skipped += 1
         if self.config.train.non_finite == "stop" or self.run_state.skipped >= MOST_SKIPPED:
             again = f", {self.run_state.skipped} steps in a row" if self.run_state.skipped > 1 else ""
