@@ -21,11 +21,12 @@ TRL = "1.14.2"  # the newest that trains on a CPU: 1.15.0 needs Triton
 NAMES = {
     "sft-play": "SFT-Play",
     "sft-play-low": "SFT-Play, low memory",
+    "sft-play-unsloth": "SFT-Play, Unsloth backend",
     "trl-defaults": f"TRL {TRL}, its defaults",
     "trl-best": f"TRL {TRL}, best settings",
     "padded": "padded Trainer, all logits, fp32",
 }
-OURS = ("sft-play", "sft-play-low")
+OURS = ("sft-play", "sft-play-low", "sft-play-unsloth")
 # as `make train` runs them
 STEPS = 'for step in process style render train; do "$0" "$1/$step.py" --config run.yaml || exit; done'
 _STEP = re.compile(r"^train: step (\d+)/(\d+)")
@@ -71,13 +72,15 @@ def trl_folder() -> Path:
 
 def measure(name: str, round_number: int, folder: Path, job: Job, rows: Rows, shape: Shape) -> Result:
     """Run one contestant in ``folder``, from its command to its adapter on disk."""
-    write(folder, job if name != "padded" else replace(job, precision="fp32"), rows)
+    write(folder, job if name != "padded" else replace(job, precision="fp32", mode="lora"), rows)
     paths = [str(ROOT)]
     if name in OURS:
+        settings = json.loads((folder / "run.yaml").read_text())
         if name == "sft-play-low":
-            settings = json.loads((folder / "run.yaml").read_text())
             settings["train"]["gradient_checkpointing"] = True
-            (folder / "run.yaml").write_text(json.dumps(settings))
+        if name == "sft-play-unsloth":
+            settings["tuning"] |= {"backend": "unsloth", "fallback": "never"}
+        (folder / "run.yaml").write_text(json.dumps(settings))
         command = ["sh", "-c", STEPS, sys.executable, str(ROOT / "scripts")]
     else:
         paths = [str(trl_folder()), *paths] if name.startswith("trl") else paths
@@ -91,13 +94,20 @@ def _own_facts(folder: Path) -> dict[str, Any]:
     """What a peer writes down itself, from SFT-Play's metrics.jsonl and manifest."""
     logged = [line for line in files.read_jsonl(folder / "outputs" / "bench" / "metrics.jsonl") if "loss" in line]
     seen = [0, *(line["tokens_seen"] for line in logged)]
+    on_card = stamp_of(folder)["hardware"]["device"] == "cuda"
+    device_peak = max(int(line["memory_gib"] * 2**30) for line in logged) if on_card else None
     counted = files.read_json(folder / "data" / "rendered" / "rows" / "manifest.json")["tokens"]
     return {
         "tokens": [after - before for before, after in zip(seen, seen[1:], strict=False)],
         "trained_tokens": counted["trained"],
         "loss": sum(line["loss"] for line in logged) / len(logged),
         "steps": len(logged),
+        "device_peak": device_peak,
     }
+
+
+def stamp_of(folder: Path) -> dict[str, Any]:
+    return files.read_json(folder / "outputs" / "bench" / "backend.json")
 
 
 def evaluate(
@@ -117,7 +127,7 @@ def evaluate(
         round=round_number,
         seconds=measured.seconds,
         first_step=ends[0],
-        peak_bytes=measured.peak_bytes,
+        peak_bytes=facts.get("device_peak") or measured.peak_bytes,
         rate=rate,
         trained_rate=rate * share,
         flops=rate * a_token,

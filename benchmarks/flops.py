@@ -61,14 +61,17 @@ def limit(precision: str, seconds: float = 3.0) -> float:
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    best = 0.0
-    for size in (768, 1536, 3072):
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best, device = 0.0, "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    for size in (768, 1536, 3072) if device == "cpu" else (4096, 8192):
+        left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
         left @ right
+        wait()
         end = time.perf_counter() + seconds / 3
         while time.perf_counter() < end:
             start = time.perf_counter()
             left @ right
+            wait()
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 

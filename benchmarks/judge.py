@@ -7,6 +7,8 @@ from scripts.utils import environment, files
 
 def main() -> None:
     environment.prepare(files.REPO_ROOT)
+    import torch
+
     from scripts.utils.backends import load_causal_lm
     from scripts.utils.encoding import Encoded
     from scripts.utils.loss import Exact, batch_loss, whole_loss
@@ -17,7 +19,9 @@ def main() -> None:
     plain = Exact(packing=False, segments=False, shared=False, chunked=False)
     found = {}
     for name, adapter in {"base": None, **request["adapters"]}.items():
-        model = load_causal_lm(Path(request["model"]), precision="fp32", device="cpu")
+        model = load_causal_lm(
+            Path(request["model"]), precision="fp32", device="cuda" if torch.cuda.is_available() else "cpu"
+        )
         if adapter:
             model = attach_adapter(model, Path(adapter))
         total, count = batch_loss(model, held, 1, loss=whole_loss, exact=plain)

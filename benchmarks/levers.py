@@ -18,7 +18,7 @@ _WORDS = (
 def levers(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) -> tuple[str, dict[str, Any], str]:
     from benchmarks import results
 
-    job = make_job(model, rows, arguments.precision, arguments.max_length)
+    job = make_job(model, rows, arguments)
     loaded = load(job)
     steps = groups(rows.encoded)
     known = {variant.name: variant for variant in VARIANTS}
@@ -45,7 +45,7 @@ def levers(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) -
 def prefix(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) -> tuple[str, dict[str, Any], str]:
     from benchmarks import results
 
-    job = make_job(model, rows, arguments.precision, arguments.max_length)
+    job = make_job(model, rows, arguments)
     loaded = load(job)
     lines, medians = [], {}
     for wanted in arguments.prefix:
@@ -87,7 +87,7 @@ def context(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) 
     """With gradient checkpointing, so that the longest fits; the operations that a token needs grow with the length by attention alone."""
     from benchmarks import flops, results
 
-    job = make_job(model, rows, arguments.precision, arguments.max_length)
+    job = make_job(model, rows, arguments)
     loaded, shape = load(job), flops.shape_of(model, job.rank)
     stream = [token for example in rows.encoded for token in example.ids]
     lengths = {f"{length:,} tokens": length for length in arguments.context}

@@ -88,18 +88,10 @@ def memory_line(name: str) -> int:
 
 
 def train_steps(config: Any, path: Path, precision: str, tokens: int, examples: int = 4) -> None:
-    """Two optimizer steps of two micro batches on one row of ``tokens``, all of them trained, as train makes them."""
-    import contextlib
-    import random
-
-    import torch
+    """On the CPU, with the peak of resident memory counted from the loaded model on."""
+    import gc
 
     from scripts.utils import backends, hardware
-    from scripts.utils.attention import by_segment
-    from scripts.utils.encoding import Encoded
-    from scripts.utils.lean_lora import lean
-    from scripts.utils.loss import summed_loss
-    from scripts.utils.packing import to_row
 
     machine = hardware.Hardware("cpu", "CPU", 2**40)
     loaded = backends.load_for_training(config, path, "bitsandbytes", precision, machine)  # type: ignore[arg-type]
@@ -109,17 +101,42 @@ def train_steps(config: Any, path: Path, precision: str, tokens: int, examples: 
             parameter.data = parameter.data.clone()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    model, trained = loaded.model, [p for p in loaded.model.parameters() if p.requires_grad]
+    make_steps(loaded.model, config, precision, tokens, examples)
+
+
+def make_steps(model: Any, config: Any, precision: str, tokens: int, examples: int = 4) -> None:
+    """Two optimizer steps of two micro batches on one row of ``tokens``, all of them trained, as train makes them."""
+    import contextlib
+    import random
+
+    import torch
+
+    from scripts.utils.attention import by_segment, has_kernel
+    from scripts.utils.encoding import Encoded
+    from scripts.utils.lean_lora import lean
+    from scripts.utils.loss import on_device, summed_loss
+    from scripts.utils.offload import activations_on_host
+    from scripts.utils.packing import to_row
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device
     model.train()
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    if "8bit" in config.train.optimizer:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(trained, lr=1e-4, is_paged="paged" in config.train.optimizer)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
     size, vocabulary = tokens // examples, model.config.vocab_size
     draw = random.Random(0)
     row = to_row([Encoded([draw.randrange(vocabulary) for _ in range(size)], [True] * size) for _ in range(examples)])
-    mixed = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    with by_segment(model), lean(model):
+    row = on_device(row, device)
+    mixed = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    offloads = config.train.activation_offload and device.type == "cuda"
+    with by_segment(model, kernel=has_kernel(model)), lean(model):
         for _ in range(2):  # Adam's states are there from the second on
             for _ in range(2):  # micro batches
-                with mixed:
+                with mixed, activations_on_host(model, offloads):
                     loss = summed_loss(model, row) / tokens
                 loss.backward()
                 del loss

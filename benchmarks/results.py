@@ -18,7 +18,8 @@ _MEDIAN_OF = ("rate", "trained_rate", "peak_bytes", "seconds", "first_step", "fl
 def machine() -> str:
     import torch
 
-    return f"{hardware.cpu_name()}, {workers.cores()} cores, {platform.system()}, torch {torch.__version__}"
+    card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{card}{hardware.cpu_name()}, {workers.cores()} cores, {platform.system()}, torch {torch.__version__}"
 
 
 def medians(results: Iterable[Result]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """What every contestant gets: the same rows as messages, and one job description, in a folder of its own."""
 
+import argparse
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ class Job:
     rank: int = 16
     alpha: int = 32
     seed: int = 42
+    mode: str = "lora"
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ def encode(model: Path, rows: Sequence[dict[str, Any]], system: str | None = Non
     return rendered.to_examples(tokenizer, made)
 
 
-def make_job(model: Path, rows: Rows, precision: str, max_length: int) -> Job:
+def make_job(model: Path, rows: Rows, arguments: argparse.Namespace) -> Job:
     lengths = [len(example.ids) for example in rows.encoded]
     # never below the longest row, which a peer that packs would cut
-    return Job(str(model), precision, max(GROUP * sum(lengths) // len(lengths), *lengths), max_length)
+    budget = max(GROUP * sum(lengths) // len(lengths), *lengths)
+    return Job(str(model), arguments.precision, budget, arguments.max_length, mode=arguments.mode)
 
 
 def write(folder: Path, job: Job, rows: Rows) -> None:
@@ -116,7 +119,7 @@ def write(folder: Path, job: Job, rows: Rows) -> None:
         "model": {"name": job.model},
         "data": {"raw": "rows.jsonl", "val_fraction": 0.0, "test_fraction": 0.0},
         "render": {"max_length": job.max_length},
-        "tuning": {"mode": "lora"},
+        "tuning": {"mode": job.mode},
         "lora": {"r": job.rank, "alpha": job.alpha},
         "train": {
             "epochs": 1,

@@ -20,7 +20,7 @@ def starts(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) -
     from benchmarks import results
 
     folder = base / "starts"
-    write(folder, make_job(model, rows, arguments.precision, arguments.max_length), rows)
+    write(folder, make_job(model, rows, arguments), rows)
     settings = json.loads((folder / "run.yaml").read_text())
     settings["data"] |= {"raw": ["train.jsonl", "test.jsonl"]}  # by their names, the splits
     settings["eval"] = {"max_new_tokens": 48}

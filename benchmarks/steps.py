@@ -29,6 +29,7 @@ class Variant:
     segments: bool = True
     chunked: bool = True
     lean: bool = True
+    kernel: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw_torch"
 
@@ -41,6 +42,7 @@ VARIANTS = (
     Variant("PEFT's own adapter (lean_lora off)", lean=False),
     Variant("padded (packing off)", packed=False, shared=False, segments=False),
     Variant("none of these", packed=False, shared=False, segments=False, chunked=False, lean=False),
+    Variant("segments one by one (no variable-length kernel; CUDA only)", kernel=False),
     Variant("gradient checkpointing on", checkpointing=True),
     Variant("optimizer adamw_torch_fused", optimizer="adamw_torch_fused"),
 )
@@ -51,7 +53,7 @@ def load(job: Job) -> Any:
     from scripts.utils import backends, hardware
     from scripts.utils.config import load_config
 
-    words = f"tuning.mode=lora train.gradient_checkpointing=false train.precision={job.precision} lora.r={job.rank} lora.alpha={job.alpha}"
+    words = f"tuning.mode={job.mode} train.gradient_checkpointing=false train.precision={job.precision} lora.r={job.rank} lora.alpha={job.alpha}"
     config = load_config(ROOT / "configs" / "base.yaml", words, {})
     return backends.load_for_training(config, Path(job.model), "bitsandbytes", job.precision, hardware.detect()).model
 
@@ -60,7 +62,7 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
     """Seconds for all steps but the first, and the most memory meanwhile (bytes; None where the system does not tell)."""
     import torch
 
-    from scripts.utils.attention import by_segment
+    from scripts.utils.attention import by_segment, has_kernel
     from scripts.utils.lean_lora import lean
     from scripts.utils.loss import on_device, summed_loss, whole_loss
     from scripts.utils.packing import rows_in_order, to_padded, to_row
@@ -73,12 +75,14 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     _forget_peak()
-    start = 0.0
+    start, kernel = 0.0, variant.kernel and has_kernel(model)
     for number, examples in enumerate(steps):
-        start = time.perf_counter() if number == 1 else start
+        if number == 1:
+            _wait()
+            start = time.perf_counter()
         count = sum(example.trained_tokens for example in examples)
         order = rows_in_order(examples, range(len(examples)), job.pack_length, variant.shared) if variant.packed else []
-        with by_segment(model, variant.segments), lean(model, variant.lean):
+        with by_segment(model, variant.segments, kernel), lean(model, variant.lean):
             for row in order or [range(len(examples))]:
                 part = [examples[i] for i in row]
                 tensors = on_device(to_row(part, variant.shared) if variant.packed else to_padded(part, 0), device)
@@ -88,8 +92,11 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    _wait()
     seconds = time.perf_counter() - start
     peak = status("VmHWM") if _CLEAR.exists() else None
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     if variant.checkpointing:
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
@@ -99,8 +106,19 @@ def run_steps(model: Any, steps: Sequence[Sequence[Encoded]], variant: Variant, 
     return seconds, peak
 
 
+def _wait() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _forget_peak() -> None:
     """Give freed memory back and begin the high-water mark anew (Linux; proc_pid_clear_refs(5))."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if _CLEAR.exists():
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")

@@ -37,9 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", type=_number(16), default=made("ROWS", "64"), help="rows that are trained on, once")
     add("--rounds", type=_number(1), default=made("ROUNDS", "3"), help="runs of each contestant")
     add("--precision", choices=["fp32", "bf16"], default=made("PRECISION", "fp32"))
+    add("--mode", choices=["lora", "qlora"], default="lora", help="qlora: of all but the padded Trainer")
     add("--model", default=made("MODEL", "embedded/smollm2-135m-instruct"))
     add("--max-length", type=_number(32), default="1024", help="longer rows are left out; TRL cuts at 1024")
-    add("--contestants", type=_names, default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
+    shown = [name for name in NAMES if name != "sft-play-unsloth"]
+    add("--contestants", type=_names, default=",".join(shown), help=f"of {', '.join(NAMES)}")
     add("--out", type=Path, default=Path("outputs/bench"), help="folder for JSON and Markdown")
     add("--levers", action="store_true", help="SFT-Play's own levers, each alone")
     add("--prefix", type=_numbers, metavar="TOKENS", help="a shared system prompt of so many tokens: 20,200,800")
@@ -75,7 +77,7 @@ def contest(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) 
     from benchmarks.measured import run
     from benchmarks.rows import clean_environment
 
-    job = make_job(model, rows, arguments.precision, arguments.max_length)
+    job = make_job(model, rows, arguments)
     names: list[str] = arguments.contestants
     if any(name.startswith("trl") for name in names):
         trl_folder()

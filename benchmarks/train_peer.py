@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 JOB = json.loads(Path("job.json").read_text())
 ROWS = [json.loads(line)["messages"] for line in Path("rows.jsonl").read_text().splitlines()]
@@ -109,10 +116,24 @@ def trl(best: bool) -> Trainer:
             "gradient_checkpointing": False,
             "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"},
         }
+        if torch.cuda.is_available():
+            options["optim"] = "adamw_torch_fused"  # as SFT-Play takes there
     else:
         data = Dataset.from_list([{"messages": row} for row in ROWS])
+    if JOB["mode"] == "qlora":
+        options["model_init_kwargs"] = {**options.get("model_init_kwargs", {}), "quantization_config": four_bits(bf16)}
     config = SFTConfig(**options, **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
     return SFTTrainer(model=JOB["model"], args=config, train_dataset=data, peft_config=LORA)
+
+
+def four_bits(bf16: bool) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as SFT-Play has it."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
 
 
 def main() -> None:
@@ -127,6 +148,7 @@ def main() -> None:
         "trained_tokens": counting.trained,
         "loss": done.training_loss,
         "steps": done.global_step,
+        "device_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
     Path("facts.json").write_text(json.dumps(facts))
 

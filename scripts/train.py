@@ -23,6 +23,7 @@ from scripts.utils import (
     command,
     console,
     files,
+    fused_kernels,
     hardware,
     initial,
     model_folder,
@@ -36,7 +37,7 @@ from scripts.utils import (
 from scripts.utils.config import run_name, to_yaml
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, Interrupted, RefusedError, UserError
-from scripts.utils.loss import Exact, Loss, find_exact, fused_loss, summed_loss, whole_loss
+from scripts.utils.loss import Exact, Loss, find_exact, fused_loss, plain_loss, summed_loss, tolerance, whole_loss
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -155,7 +156,7 @@ def train(
     if init and not checkpoint:
         initial.put(loaded.model, init)
         console.note("train", f"beginning with the adapter in {init.folder}")
-    loss, exact = choose_loss(config, loaded.model, examples["train"], fused=choice.actual == "unsloth")
+    loss, exact = choose_loss(config, loaded.model, examples["train"], machine, fused=choice.actual == "unsloth")
     if config.train.packing and not exact.packing:
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
     facts = {
@@ -340,12 +341,19 @@ def say_plan(plan: planning.Plan | None, why_none: str, wanted: "Config") -> Non
         console.warn("by plan this run does not fit; it is tried all the same. make plan says what to change")
 
 
-def choose_loss(config: "Config", model: Any, examples: Sequence[Encoded], fused: bool) -> tuple[Loss, Exact]:
+def choose_loss(
+    config: "Config", model: Any, examples: Sequence[Encoded], machine: hardware.Hardware, fused: bool
+) -> tuple[Loss, Exact]:
     """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
     loss: Loss = fused_loss if fused else summed_loss
     packing = config.train.packing
     if fused and not packing:
         return loss, Exact(packing=False, segments=False, shared=False, chunked=False)
+    kernels = None
+    if not fused:  # Unsloth brings its own
+        kernels = fused_kernels.put(
+            model, config.train.fused_kernels, machine.device, lambda: plain_loss(model, examples), tolerance(model)
+        )
     exact = find_exact(model, examples, loss, fused=fused)
     if packing and not exact.packing:
         console.warn("with this backend and device, packed examples would see one another: packing is off")
@@ -353,7 +361,9 @@ def choose_loss(config: "Config", model: Any, examples: Sequence[Encoded], fused
     # under dropout the examples that share a beginning would share its noise too
     shared = packing and exact.shared and config.train.share_prefix and not config.lora.dropout
     lean = exact.lean and config.train.lean_lora
-    exact = replace(exact, packing=packing, segments=packing and exact.segments, shared=shared, lean=lean)
+    segments = packing and exact.segments
+    kernel = segments and exact.kernel
+    exact = replace(exact, packing=packing, segments=segments, shared=shared, lean=lean, kernel=kernel, fused=kernels)
     say_exact(exact, fused)
     return loss if fused or exact.chunked else whole_loss, exact
 
@@ -361,10 +371,12 @@ def choose_loss(config: "Config", model: Any, examples: Sequence[Encoded], fused
 def say_exact(exact: Exact, fused: bool) -> None:
     how = ["packed rows" if exact.packing else "padded rows"]
     if exact.packing:
-        how += ["attention by segment" if exact.segments else "attention masked over the whole row"]
+        by_segment = "attention by segment" + (" in one kernel" if exact.kernel else "")
+        how += [by_segment if exact.segments else "attention masked over the whole row"]
     how += ["shared beginnings computed once"] if exact.shared else []
     how += ["the backend's own loss" if fused else "loss in chunks" if exact.chunked else "loss from whole logits"]
     how += ["lean LoRA"] if exact.lean else []
+    how += [f"fused kernels of {exact.fused}"] if exact.fused else []
     console.note("train", f"{', '.join(how)}; compared with one example at a time")
 
 

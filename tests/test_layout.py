@@ -24,8 +24,9 @@ files yaml_text gguf_file unpacked turns template_guard literals lengths spans
 hardware training_state json_rows splits continued near suspicious report_page
 arrow_rows unsloth_probe
 config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
-command records model_hub embedded_model encoding attention chunked_loss lean_lora metrics resume memory
-packing planning offload
+command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
+packing planning offload fused_kernels
+attention
 loss backends
 data_hub reading
 model_store schedule adapters tally sources unsloth_child shown grouping

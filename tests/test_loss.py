@@ -271,3 +271,26 @@ def test_a_model_that_hands_nothing_on_to_its_attention_is_packed_by_its_own_mas
     assert exact.packing and not exact.segments and not exact.shared
     alone, _ = batch_loss(model, examples(), 1, exact=exact)
     assert batch_loss(model, examples(), 4000, exact=exact)[0] == pytest.approx(alone, rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.sampled_from([0, 20, 40]), st.integers(0, 10**6))
+def test_what_the_variable_length_kernel_is_told_is_what_segments_say(count: int, prefix: int, seed: int) -> None:
+    """Its queries and keys, cut as it cuts them, give the attention that segments one by one give; the kernel itself needs a card."""
+    from scripts.utils import attention
+
+    row = to_row(examples(count, prefix, seed), shared=True)
+    tokens = row["input_ids"].shape[1]
+    q, k, v = torch.randn(3, 1, 2, tokens, 8)
+    module = torch.nn.Module()
+    wanted = attention._forward(module, q, k, v, None, segments=row["segments"])[0][0]
+    cuts = attention._cuts(tuple(row["segments"]), q.device)
+    keys, values = (part[0] if cuts.keys is None else part[0][:, cuts.keys] for part in (k, v))
+    pieces = []
+    for number in range(len(row["segments"])):
+        mine, theirs = (slice(*cut[number : number + 2].tolist()) for cut in (cuts.of_queries, cuts.of_keys))
+        rows, seen = q[0, :, mine], theirs.stop - theirs.start
+        assert rows.shape[1] <= cuts.longest[0] and seen <= cuts.longest[1]
+        mask = torch.ones(rows.shape[1], seen, dtype=torch.bool).tril(seen - rows.shape[1])
+        pieces.append(torch.nn.functional.scaled_dot_product_attention(rows, keys[:, theirs], values[:, theirs], mask))
+    torch.testing.assert_close(torch.cat(pieces, 1).transpose(0, 1), wanted, rtol=1e-4, atol=1e-5)

@@ -1,20 +1,25 @@
 """Attention in a packed row, one call a segment: an example attends to itself and to the prefix that it shares.
 
 A mask over the whole row, as transformers makes it from restarting positions, costs the square of the row's length.
-The function below is registered with transformers under a name of its own, for which it makes no mask.
+The functions below are registered with transformers under names of their own, for which it makes no mask: one goes segment
+by segment through SDPA, the other hands all segments to torch's variable-length kernel (CUDA, 16 bit) in one call.
 """
 
 import functools
+import inspect
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.utils.errors import MachineError
+from scripts.utils.packing import Segment
 
-NAME = "sft_segments"
+NAME, KERNEL_NAME = "sft_segments", "sft_varlen"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _SHORT = 512  # tokens up to which _ShortAttention was measured faster
 _BLOCK = 128  # queries at a time in its gradient: small enough for the cache
@@ -33,7 +38,7 @@ def _forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: Sequence[tuple[int, int, int, int]] | None = None,
+    segments: Sequence[Segment] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -41,10 +46,7 @@ def _forward(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """``query``: [1, heads, tokens, head size], ``key`` and ``value`` with their own number of heads; as transformers calls it."""
-    if attention_mask is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
-        raise CannotSegment("this model's attention is more than causal", _PLAINLY)
-    if segments is None:
-        raise CannotSegment("this model does not hand on to its attention what its caller gives", _PLAINLY)
+    segments = _require(segments, attention_mask, others)
     native = query.device.type == "cpu" and softcap is None
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not native:  # for all segments at once
@@ -71,6 +73,86 @@ def _forward(
             )
         pieces.append(found.transpose(1, 2))
     return torch.cat(pieces, 1), None
+
+
+def _require(
+    segments: Sequence[Segment] | None, attention_mask: torch.Tensor | None, others: dict[str, Any]
+) -> Sequence[Segment]:
+    if attention_mask is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
+        raise CannotSegment("this model's attention is more than causal", _PLAINLY)
+    if segments is None:
+        raise CannotSegment("this model does not hand on to its attention what its caller gives", _PLAINLY)
+    return segments
+
+
+def _by_kernel(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: Sequence[Segment] | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """As ``_forward``, in one call for all segments; its causal mask ends where keys and queries end."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    segments = _require(segments, attention_mask, others)
+    if softcap is not None or dropout:
+        raise CannotSegment("torch's variable-length kernel has neither capped scores nor dropout", _PLAINLY)
+    cuts = _cuts(tuple(segments), query.device)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))  # [tokens, heads, size]
+    if cuts.keys is not None:
+        k, v = k[cuts.keys], v[cuts.keys]
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    found = varlen_attn(
+        q,
+        k,
+        v,
+        cuts.of_queries,
+        cuts.of_keys,
+        *cuts.longest,
+        scale=scaling,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        **grouped,
+    )
+    return found[None], None
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Where segments begin, int32 [segments + 1], among queries and keys; ``keys``: which token each key is of (None: its own)."""
+
+    of_queries: torch.Tensor
+    of_keys: torch.Tensor
+    longest: tuple[int, int]
+    keys: torch.Tensor | None
+
+
+@functools.lru_cache(8)  # each layer of a row asks again
+def _cuts(segments: tuple[Segment, ...], device: torch.device) -> _Cuts:
+    queries = [end - start for start, end, _, _ in segments]
+    keys = [end - start + prefix_end - prefix for start, end, prefix, prefix_end in segments]
+
+    def begins(lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+
+    order = None
+    if queries != keys:
+        pieces = [
+            piece
+            for start, end, prefix, prefix_end in segments
+            for piece in (range(prefix, prefix_end), range(start, end))
+        ]
+        order = torch.tensor([token for piece in pieces for token in piece]).to(device)
+    return _Cuts(begins(queries), begins(keys), (max(queries), max(keys)), order)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -164,25 +246,44 @@ def can_segment(model: Any) -> bool:
     kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
     chunked = any(getattr(config, "attention_chunk_size", None) for config in configs)
     own = any(type(m).forward.__module__.startswith("unsloth") for m in model.modules())
-    return kinds <= _KNOWN_LAYERS and not chunked and not own and model.config._attn_implementation in ("sdpa", NAME)
+    return (
+        kinds <= _KNOWN_LAYERS
+        and not chunked
+        and not own
+        and model.config._attn_implementation in ("sdpa", NAME, KERNEL_NAME)
+    )
+
+
+def has_kernel(model: Any) -> bool:
+    """Whether torch's variable-length kernel is worth a try: an NVIDIA card from Ampere on, 16 bit, heads of up to 256."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cuda" or torch.cuda.get_device_capability(parameter.device) < (8, 0):
+        return False
+    with suppress(ImportError):
+        from torch.nn.attention import varlen  # noqa: F401  # torch 2.10 brought it
+
+        sizes = {getattr(module, "head_dim", 0) for module in model.modules()}
+        return max(sizes) <= 256
+    return False
 
 
 def is_segmented(model: Any) -> bool:
-    return bool(model.config._attn_implementation == NAME)
+    return model.config._attn_implementation in (NAME, KERNEL_NAME)
 
 
 @contextmanager
-def by_segment(model: Any, wanted: bool = True) -> Iterator[None]:
-    """Inside, a model that ``can_segment`` takes rows with ``segments``, and nothing else."""
+def by_segment(model: Any, wanted: bool = True, kernel: bool = False) -> Iterator[None]:
+    """Inside, a model that ``can_segment`` takes rows with ``segments``, and nothing else; all in one call with ``kernel``."""
     if not wanted or is_segmented(model):
         yield
         return
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _forward)
+    name = KERNEL_NAME if kernel else NAME
+    AttentionInterface.register(name, _by_kernel if kernel else _forward)
     configs = [config for config in _configs(model) if config._attn_implementation == "sdpa"]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = name
     try:
         yield
     finally:

@@ -83,6 +83,8 @@ class Exact:
     shared: bool
     chunked: bool
     lean: bool = False
+    kernel: bool = False  # attention by segment in one call of a variable-length kernel
+    fused: str | None = None  # whose kernels stand in for the model's own norms and such
 
 
 def batch_loss(
@@ -108,7 +110,7 @@ def batch_loss(
     total = 0.0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), by_segment(model, way.segments):
+    with torch.no_grad(), by_segment(model, way.segments, way.kernel):
         for indices in rows:
             row = on_device(to_row([examples[i] for i in indices], way.shared), device)
             if bool((row["shift_labels"] != IGNORE).any()):
@@ -123,45 +125,77 @@ def on_device(row: Row, device: Any) -> Row:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 
 
+def plain_loss(model: Any, examples: Sequence[Encoded]) -> float:
+    """The loss of the two shortest examples, each alone, by the model's own logits: what other ways are compared with."""
+    return _total(model, [[example] for example in _shortest(examples)], whole_loss)
+
+
+def tolerance(model: Any) -> float:
+    """How far two ways of computing the same loss may lie apart, as a share of it."""
+    import torch
+
+    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+
+
+def _shortest(examples: Sequence[Encoded]) -> list[Encoded]:
+    return sorted(examples, key=lambda example: len(example.ids))[:2]
+
+
+def _total(
+    model: Any,
+    rows: Sequence[Sequence[Encoded]],
+    way: Loss,
+    segmented: bool = False,
+    shared: bool = False,
+    kernel: bool = False,
+) -> float:
+    import torch
+
+    from scripts.utils.attention import by_segment
+
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.no_grad(), by_segment(model, segmented, kernel):
+        found = sum(float(way(model, on_device(to_row(row, shared), device))) for row in rows)
+    model.train(was_training)
+    return found
+
+
 def find_exact(model: Any, examples: Sequence[Encoded], loss: Loss = summed_loss, *, fused: bool = False) -> Exact:
     """Compare the ways of computing the loss of a few short examples with the plain one, each alone.
 
     ``fused``: ``loss`` is the backend's own, and nothing but packing is compared with it.
     """
-    import torch
+    from scripts.utils.attention import CannotSegment, can_segment, has_kernel
 
-    from scripts.utils.attention import CannotSegment, by_segment, can_segment
-
-    pair = sorted(examples, key=lambda example: len(example.ids))[:2]
+    pair = _shortest(examples)
     if not pair:
         return Exact(packing=True, segments=False, shared=False, chunked=not fused)
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
-
-    def total(rows: Sequence[Sequence[Encoded]], way: Loss, segmented: bool, shared: bool = False) -> float:
-        was_training, device = model.training, next(model.parameters()).device
-        model.eval()
-        with torch.no_grad(), by_segment(model, segmented):
-            found = sum(float(way(model, on_device(to_row(row, shared), device))) for row in rows)
-        model.train(was_training)
-        return found
-
+    allowed = tolerance(model)
     alone = [[example] for example in pair]
-    plain = total(alone, loss if fused else whole_loss, False)
+    plain = _total(model, alone, loss if fused else whole_loss)
 
     def same(found: float, wanted: float = plain) -> bool:
-        return abs(found - wanted) <= tolerance * abs(wanted) + 1e-6
+        return abs(found - wanted) <= allowed * abs(wanted) + 1e-6
 
     if fused:
-        return Exact(same(total([pair], loss, False)), segments=False, shared=False, chunked=False)
-    chunked = same(total(alone, summed_loss, False))
+        return Exact(same(_total(model, [pair], loss)), segments=False, shared=False, chunked=False)
+    chunked = same(_total(model, alone, summed_loss))
     way = loss if chunked else whole_loss
     segments = False
     with suppress(CannotSegment):
-        segments = can_segment(model) and same(total([pair], way, True))
-    packing = segments or same(total([pair], way, False))
-    once = total([[pair[0]]], way, False)
-    shared = segments and same(total([[pair[0], pair[0]]], way, True, shared=True), 2 * once)
-    return Exact(packing, segments, shared, chunked, lean=_lean_is_exact(model, pair[0], way))
+        segments = can_segment(model) and same(_total(model, [pair], way, True))
+    packing = segments or same(_total(model, [pair], way))
+    once = _total(model, [[pair[0]]], way)
+    twice = [[pair[0], pair[0]]]
+    shared = segments and same(_total(model, twice, way, True, shared=True), 2 * once)
+    kernel = False
+    if segments and has_kernel(model):
+        with suppress(RuntimeError, CannotSegment):  # it refuses what it was not built for
+            kernel = same(_total(model, [pair], way, True, kernel=True)) and same(
+                _total(model, twice, way, True, shared=shared, kernel=True), 2 * once
+            )
+    return Exact(packing, segments, shared, chunked, lean=_lean_is_exact(model, pair[0], way), kernel=kernel)
 
 
 def _lean_is_exact(model: Any, example: Encoded, loss: Loss) -> bool:

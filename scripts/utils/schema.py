@@ -91,6 +91,7 @@ class TrainSection(Section):
     packing: bool = True
     share_prefix: bool = True
     lean_lora: bool = True
+    fused_kernels: Switch = "auto"
     pack_length: Annotated[int, Field(ge=8)] | None = None
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

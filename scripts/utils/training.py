@@ -93,7 +93,7 @@ class SFTTrainer(Trainer):
         draws = training_state.random_state() if self.config.lora.dropout else None
         while True:
             try:
-                with by_segment(model, self.exact.segments), lean(model, self.exact.lean):
+                with by_segment(model, self.exact.segments, self.exact.kernel), lean(model, self.exact.lean):
                     total, tokens = self._accumulate(model, inputs)
                 break
             except Exception as error:
@@ -111,10 +111,9 @@ class SFTTrainer(Trainer):
         # the scaler of fp16 expects gradients that overflow now and then, and passes over them itself
         gradients = [] if self.args.fp16 else [p.grad for p in self.model.parameters() if p.grad is not None]
         reason = None
-        if not bool(torch.isfinite(total)):
-            reason = f"the loss became {float(total)}"
-        elif not all_finite(gradients):
-            reason = "a gradient became NaN or infinite"
+        if not all_finite([total, *gradients]):  # the step's one wait for the device
+            finite = bool(torch.isfinite(total))
+            reason = "a gradient became NaN or infinite" if finite else f"the loss became {float(total)}"
         if reason is None:
             self.run_state.skipped = 0
             return total
@@ -129,8 +128,6 @@ class SFTTrainer(Trainer):
             with self.compute_loss_context_manager(), activations_on_host(model, self._offloads):
                 loss = self.loss(model, row) / max(count, 1)
             total += loss.detach()
-            if not torch.isfinite(loss):
-                break
             self.accelerator.backward(loss)
         return total, tokens
 
