@@ -152,12 +152,20 @@ def table(work: Path, only: str) -> None:
         print(f"| {' | '.join([*facts, *sizes, f'{guess / live - 1:+.1%}', *rest])} |", flush=True)
 
 
-_CAPPED = """
-import sys, torch
-torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]) / torch.cuda.get_device_properties(0).total_memory)
-sys.argv = ["train", *sys.argv[2:]]
+# train, whose allocator may take the bytes of the first word; what the others say goes to train
+CAPPED = """
+import sys
 from scripts import train
-train.main()
+from scripts.utils import environment
+
+def prepare(root, real=environment.prepare):
+    real(root)
+    import torch
+    torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1)) / torch.cuda.get_device_properties(0).total_memory)
+
+environment.prepare = prepare
+words = sys.argv[2:]
+raise SystemExit(train.main(words))
 """
 
 
@@ -186,7 +194,7 @@ def capped(gib: float, model: Path, raw: Path, work: Path, words: str) -> None:
         )
     room = gib * 2**30 - memory.FRAMEWORK["cuda"]
     start = time.monotonic()
-    command = [sys.executable, "-c", _CAPPED, str(room), "--config", "run.yaml", *(["--set", words] if words else [])]
+    command = [sys.executable, "-c", CAPPED, str(room), "--config", "run.yaml", *(["--set", words] if words else [])]
     done = subprocess.run(command, cwd=work, env=environment)
     print(f"cap {room / 2**30:.2f} GiB: exit code {done.returncode}, {time.monotonic() - start:.0f} s")
 

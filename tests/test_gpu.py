@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu_memory import CAPPED
 from scripts.utils import fused_kernels
 from scripts.utils.attention import CannotSegment, by_segment, has_kernel
 from scripts.utils.lean_lora import lean
@@ -120,24 +121,20 @@ def test_every_precision_trains_and_resumes(precision: str, project: Callable[..
     assert facts()["precision"]["actual"] == precision and len(losses()) == 8
 
 
-_CAPPED = """
-import sys, torch
-torch.empty(1, device="cuda")
-torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]) * 2**20 / torch.cuda.get_device_properties(0).total_memory)
-sys.argv = ["train", *sys.argv[2:]]
-from scripts import train
-train.main()
-"""
-
-
 @pytest.mark.slow
 def test_a_card_that_is_too_small_cuts_micro_batches_and_learns_the_same(project: Callable[..., Path]) -> None:
     project(rows=200, precision="fp32", pack_length=2048, gradient_accumulation=1)
     steps("--set", "run.name=roomy")
-    row = [line for line in map(json.loads, Path("outputs/roomy/metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    row = [
+        line for line in map(json.loads, Path("outputs/roomy/metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
     needed = max(line["memory_gib"] for line in row) * 1024
     words = ["--config", "tiny.yaml", "--set", "run.name=small"]
-    done = run([sys.executable, "-c", _CAPPED, str(needed * 0.75), *words], Path.cwd(), PYTHONPATH=f"{ROOT}:{':'.join(sys.path)}")
+    done = run(
+        [sys.executable, "-c", CAPPED, str(needed * 0.75 * 2**20), *words],
+        Path.cwd(),
+        PYTHONPATH=f"{ROOT}:{':'.join(sys.path)}",
+    )
     assert done.returncode == 0, done.stderr
     assert "every micro batch is cut into" in done.stderr
     assert losses("small") == pytest.approx(losses("roomy"), rel=1e-3)

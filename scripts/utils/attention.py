@@ -255,8 +255,10 @@ def can_segment(model: Any) -> bool:
 
 
 def has_kernel(model: Any) -> bool:
-    """Whether torch's variable-length kernel is worth a try: an NVIDIA card from Ampere on, 16 bit, heads of up to 256."""
-    parameter = next(model.parameters())
+    """Whether torch's variable-length kernel is worth a try: an NVIDIA card from Ampere on, weights in 16 bit, heads of up to 256."""
+    parameter = next(model.parameters())  # the embeddings: 4-bit weights do not tell
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return False
     if parameter.device.type != "cuda" or torch.cuda.get_device_capability(parameter.device) < (8, 0):
         return False
     with suppress(ImportError):
