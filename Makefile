@@ -67,7 +67,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,bench,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,liger,bench,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:

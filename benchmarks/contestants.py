@@ -1,6 +1,7 @@
 """Who is measured, and by which command; TRL is fetched at first use into a folder that only its own commands see."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -85,7 +86,8 @@ def measure(name: str, round_number: int, folder: Path, job: Job, rows: Rows, sh
     else:
         paths = [str(trl_folder()), *paths] if name.startswith("trl") else paths
         command = [sys.executable, "-m", "benchmarks.train_peer", name]
-    measured = run(command, folder, clean_environment(PYTHONPATH=":".join(paths)))
+    paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    measured = run(command, folder, clean_environment(PYTHONPATH=os.pathsep.join(paths)))
     facts = _own_facts(folder) if name in OURS else files.read_json(folder / "facts.json")
     return evaluate(name, round_number, measured, facts, [len(e.ids) for e in rows.encoded], shape)
 

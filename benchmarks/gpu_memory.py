@@ -180,7 +180,7 @@ def capped(gib: float, model: Path, raw: Path, work: Path, words: str) -> None:
         "tuning": {"mode": "qlora"},
         "train": {
             "max_steps": 3, "gradient_accumulation": 2, "precision": "bf16", "optimizer": "paged_adamw_8bit",
-            "gradient_checkpointing": True, "logging_steps": 1, "self_test": False, "eval_strategy": "steps", "eval_steps": 3,
+            "gradient_checkpointing": True, "logging_steps": 1, "self_test": False, "eval_strategy": "epoch",
         },
     }  # fmt: skip
     (work / "run.yaml").write_text(json.dumps(settings))

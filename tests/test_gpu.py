@@ -20,7 +20,7 @@ from scripts.utils.packing import to_row
 from tests.commands import ROOT, run
 from tests.test_lean_lora import adapted
 from tests.test_loss import VOCAB, examples, gradients
-from tests.tiny_models import FAMILIES, tiny
+from tests.tiny_models import FAMILIES, smollm2_tokenizer, tiny, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 WITHOUT_CAPPED_SCORES = [name for name in FAMILIES if name != "gemma2"]
@@ -94,6 +94,25 @@ def facts(name: str = "tiny-sums") -> dict[str, Any]:
 def losses(name: str = "tiny-sums") -> list[float]:
     lines = (Path("outputs") / name / "metrics.jsonl").read_text().splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_embeddings_on_the_host_train_as_those_on_the_card(project: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny_llama(seed=3)
+    base.config.tie_word_embeddings = False
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    base.save_pretrained(tmp_path / "untied")
+    smollm2_tokenizer().save_pretrained(tmp_path / "untied")
+    project(rows=40, precision="bf16")
+    for where in ("device", "host"):
+        words = f"model.name={tmp_path / 'untied'} tuning.mode=qlora run.name={where} model.embeddings={where}"
+        for name in ("process", "render", "train"):
+            done = run(
+                [sys.executable, ROOT / "scripts" / f"{name}.py", "--config", "tiny.yaml", "--set", words], Path.cwd()
+            )
+            assert done.returncode == 0, done.stderr
+    assert facts("host")["plan"]["embeddings"] == "host" and facts("host")["engine"]["kernel"]
+    assert losses("host") == pytest.approx(losses("device"), rel=0.02)
 
 
 LEVERS = "train.optimizer=paged_adamw_8bit train.activation_offload=true train.gradient_checkpointing=true"

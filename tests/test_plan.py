@@ -387,3 +387,16 @@ def test_the_prediction_is_near_what_real_steps_take() -> None:
         [(shape, "lora", 1024, False, "fp32"), (shape, "full", 512, True, "fp32")]
     ):
         assert 0.7 < predicted / used < 1.3, combination
+
+
+def test_a_model_computes_where_its_layers_lie_not_where_its_embeddings_do() -> None:
+    """Seen on a card: with embeddings on the host, rows went to the CPU and met weights that were elsewhere."""
+    import torch
+
+    from scripts.utils.offload import computing_device
+    from tests.tiny_models import tiny
+
+    with torch.device("meta"):
+        model = tiny("llama")
+    model.model.embed_tokens = torch.nn.Embedding(300, 32, device="cpu")
+    assert next(model.parameters()).device.type == "cpu" and computing_device(model).type == "meta"

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.utils.errors import MachineError
+from scripts.utils.offload import computing_device
 from scripts.utils.packing import Segment
 
 NAME, KERNEL_NAME = "sft_segments", "sft_varlen"
@@ -256,10 +257,10 @@ def can_segment(model: Any) -> bool:
 
 def has_kernel(model: Any) -> bool:
     """Whether torch's variable-length kernel is worth a try: an NVIDIA card from Ampere on, weights in 16 bit, heads of up to 256."""
-    parameter = next(model.parameters())  # the embeddings: 4-bit weights do not tell
-    if parameter.dtype not in (torch.bfloat16, torch.float16):
+    embeddings, device = next(model.parameters()), computing_device(model)  # 4-bit weights tell no precision
+    if embeddings.dtype not in (torch.bfloat16, torch.float16) or device.type != "cuda":
         return False
-    if parameter.device.type != "cuda" or torch.cuda.get_device_capability(parameter.device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     with suppress(ImportError):
         from torch.nn.attention import varlen  # noqa: F401  # torch 2.10 brought it

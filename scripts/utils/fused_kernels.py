@@ -6,6 +6,7 @@ where it changes the loss.
 
 import contextlib
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,6 +67,8 @@ def _try(model: Any, loss: Callable[[], float], tolerance: float, change: Callab
 
 def _liger(model: Any) -> None:
     from transformers.integrations.liger import apply_liger_kernel
+
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names every backend that it does not find
 
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 

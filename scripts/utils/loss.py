@@ -102,8 +102,9 @@ def batch_loss(
     import torch
 
     from scripts.utils.attention import by_segment
+    from scripts.utils.offload import computing_device
 
-    device = next(model.parameters()).device
+    device = computing_device(model)
     way = exact or Exact(packing=True, segments=False, shared=False, chunked=False)
     order = range(len(examples))
     rows = rows_in_order(examples, order, budget, way.shared) if way.packing else [[i] for i in order]
@@ -152,8 +153,9 @@ def _total(
     import torch
 
     from scripts.utils.attention import by_segment
+    from scripts.utils.offload import computing_device
 
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, device = model.training, computing_device(model)
     model.eval()
     with torch.no_grad(), by_segment(model, segmented, kernel):
         found = sum(float(way(model, on_device(to_row(row, shared), device))) for row in rows)

@@ -33,6 +33,11 @@ def keep_embeddings_on_host(model: Any) -> None:
     table.register_forward_hook(to_device)
 
 
+def computing_device(model: Any) -> torch.device:
+    """Where the model computes; its first parameters, the embeddings, may lie on the host."""
+    return list(model.parameters())[-1].device
+
+
 @contextmanager
 def activations_on_host(model: Any, wanted: bool = True) -> Iterator[None]:
     """Inside, what autograd saves for backward lies in host memory until backward asks for it.
