@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
-errors schema console environment template_child
+errors schema console environment template_child scoring overlap intervals
 workers
 files yaml_text gguf_file unpacked turns template_guard literals lengths spans
 hardware training_state json_rows splits continued near suspicious report_page
@@ -27,14 +27,15 @@ config architecture raw_files prompts stages stamp checkpoints model_folder chat
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
 packing planning offload fused_kernels
 attention
-loss backends
+loss backends answer_cache
 data_hub reading
-model_store schedule adapters tally sources unsloth_child shown grouping
+model_store schedule adapters tally sources unsloth_child shown grouping row_losses
 data_report
 spool
 rendered training trained generation initial
 rendering token_store
-callbacks merging evaluation chat_session self_test
+callbacks merging evaluation chat_session self_test held_out
+comparison side_by_side
 """
 
 HEADER = """if not __package__:  # run as a file: import from the repository root, not from scripts/
