@@ -71,7 +71,7 @@ def process(folder: Path) -> Dataset:
         }
 
     rows = rows.map(read, with_indices=True, num_proc=CORES)
-    rows.filter(lambda reason: bool(reason), input_columns="reason").to_json(folder / "peer-rejected.jsonl")
+    rows.filter(bool, input_columns="reason").to_json(folder / "peer-rejected.jsonl")
     rows = without_doubles(rows.filter(lambda reason: not reason, input_columns="reason"))
     split_of = place(rows)
     rows = rows.add_column("split", split_of).remove_columns(["sketch", "question", "reason"])

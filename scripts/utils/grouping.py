@@ -118,10 +118,10 @@ def _on_their_own(
     """bool [rows]: rows that share nothing with any other, which their hash alone places; most are."""
     import numpy as np
 
-    apart = np.frombuffer(rows.given, dtype=np.int8) == NOT_GIVEN if len(rows) else np.zeros(0, dtype=bool)
-    for some in repeated:
-        apart = apart & ~some
-    return apart & search.alone() if search else apart
+    apart: NDArray[np.bool_] = np.array(rows.given, dtype=np.int8) == NOT_GIVEN
+    for some in [*(~one for one in repeated), *([search.alone()] if search else [])]:
+        apart &= some
+    return apart
 
 
 def _codes_by_hash(rows: Rows, val_fraction: float, test_fraction: float) -> "NDArray[np.uint8]":
@@ -157,7 +157,9 @@ class NearSearch:
 
     def alone(self) -> "NDArray[np.bool_]":
         """bool [rows]: rows that no other is like."""
-        return (self._buckets < 0).all(axis=1)
+        import numpy as np
+
+        return np.asarray((self._buckets < 0).all(axis=1))
 
     def earlier(self, row: int) -> list[tuple[int, float]]:
         """Added rows nearly the same as ``row``, the earliest first, each with the estimated Jaccard similarity."""

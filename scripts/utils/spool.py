@@ -48,7 +48,7 @@ def read_all(
                 tally.rows[name] += count + len(chunk.refused)
                 for row in chunk.refused:
                     reject(name, row, rejected, tally)
-                kept = []
+                kept: list[int] = []
                 for at, digest in enumerate(chunk.digests):
                     if bound and digest > bound:
                         tally.left_out[name] += 1
