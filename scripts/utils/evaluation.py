@@ -61,6 +61,8 @@ def asking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def identity(trained: Trained, side: Side) -> str:
     """Hash of what decides this side's figures, rows and settings aside: weights, precision, device, libraries."""
+    import torch
+
     facts = trained.stamp
     weights = sorted(stamp.adapter_folder(trained.run).glob("*.safetensors")) if side == "tuned" else []
     versions = {name: version for name, version in stamp.library_versions().items() if name != "python"}
@@ -71,6 +73,7 @@ def identity(trained: Trained, side: Side) -> str:
             "four bits": facts["tuning"]["mode"] == "qlora",
             "precision": trained.precision,
             "device": trained.device,
+            "threads": torch.get_num_threads(),  # sums are rounded in another order with another number
             "versions": versions,
         }
     )
