@@ -45,14 +45,14 @@ def test_weights_make_a_loss_a_token() -> None:
 
 @pytest.mark.parametrize("rows", [10, 20, 60])
 def test_noise_is_called_a_change_in_no_more_than_one_case_of_twenty(rows: int) -> None:
-    """Two models that are equally good, 400 times: right in 70 % of the rows each, and a graded score."""
+    """Two models that are equally good, 800 times: right in 70 % of the rows each, and a graded score."""
     random = numpy.random.default_rng(rows)
     for draw in (lambda: (random.random(rows) < 0.7).astype(float), lambda: random.normal(0, 1, rows)):
         said = 0
-        for _ in range(400):
+        for _ in range(800):
             interval = bootstrap(mean(draw()), mean(draw()))
             said += verdict(interval, "higher") != "no clear change"
-        assert said / 400 < 0.07
+        assert said / 800 < 0.07
 
 
 def test_a_real_gain_is_found() -> None:

@@ -35,7 +35,7 @@ spool
 rendered training trained generation initial
 rendering token_store
 callbacks merging evaluation chat_session self_test held_out
-comparison side_by_side
+comparison side_by_side harness_tasks harness_model
 """
 
 HEADER = """if not __package__:  # run as a file: import from the repository root, not from scripts/
