@@ -276,6 +276,7 @@ def test_corpus_scores_are_those_of_sacrebleu() -> None:
         (["#### 3", "#### 4"], ["5", "5"], "number_match"),
         (['{"a": 1}', "text"], ["", ""], "json_keys"),
         (["Oslo", "Bern"], ["Oslo", "x"], "exact_match"),
+        (["Oslo", "Bern", "#### 3"], ["Oslo", "x", "y"], "exact_match"),
         (["Oslo", "Bern"], ["x", "y"], "chrf"),
     ],
 )

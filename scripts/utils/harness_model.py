@@ -43,6 +43,11 @@ def manager(folder: Path, *, all_tasks: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    for part in (
+        "models.huggingface",
+        "evaluator",
+    ):  # they warn that the model was loaded before, and of our own settings
+        logging.getLogger(f"lm_eval.{part}").setLevel(logging.ERROR)
     return TaskManager(include_path=str(folder), include_defaults=all_tasks)
 
 
