@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.utils import files, run_report_curves, stages, stamp
+from scripts.utils.errors import RefusedError
 from scripts.utils.run_report_page import Material, build
 
 
@@ -42,7 +43,7 @@ def gather(run: str) -> Material:
     """What the run has: its stamp and curves always, its evaluation where there is one."""
     folder, facts = stamp.run_folder(run), stamp.require(run)
     problems: list[str] = []
-    found = _evaluation(folder / "eval")
+    found = _evaluation(run)
     rows = list(_samples(folder / "eval", found, problems)) if found else []
     adapter = stamp.adapter_folder(run)
     there = any(adapter.glob("*.safetensors"))
@@ -62,9 +63,21 @@ def gather(run: str) -> Material:
     )  # fmt: skip
 
 
-def _evaluation(folder: Path) -> dict[str, Any] | None:
-    path = folder / "metrics.json"
-    return files.read_json(path) if path.is_file() else None
+def _evaluation(run: str) -> dict[str, Any] | None:
+    path = stamp.run_folder(run) / "eval" / "metrics.json"
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = files.read_json(path)
+        lacking = [key for key in ("base", "tuned", "settings", "data") if not isinstance(found.get(key), dict)]
+    except (RefusedError, AttributeError):
+        lacking = ["JSON object"]
+    if lacking:
+        raise RefusedError(
+            f"{path.absolute()} is damaged: there is no {', '.join(lacking)} in it",
+            f"make eval RUN={run} FORCE=1 writes it anew",
+        )
+    return found
 
 
 def _samples(folder: Path, found: dict[str, Any], problems: list[str]) -> Iterator[dict[str, Any]]:

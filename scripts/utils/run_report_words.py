@@ -5,7 +5,7 @@ Each answer is compared with the reference, not with the other answer: what is m
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 
 from scripts.utils.shown import visible
@@ -39,11 +39,22 @@ def marked(reference: str, answer: str) -> tuple[list[Segment], list[Segment], s
     for block in matcher.get_matching_blocks():
         lacking -= set(wanted_words[block.a : block.a + block.size])
         foreign -= set(given_words[block.b : block.b + block.size])
+    return _segments(wanted, lacking), _segments(given, foreign), _in_words(wanted, lacking, given, foreign)
+
+
+def _in_words(wanted: Sequence[str], lacking: set[int], given: Sequence[str], foreign: set[int]) -> str:
+    """What is marked, for who cannot see it; signs are no words."""
+
+    def words(parts: Sequence[str], among: Iterable[int]) -> int:
+        return sum(any(map(str.isalnum, parts[at])) for at in among)
+
     if not lacking and not foreign:
-        words = "the same as the reference" if given == wanted else "the same words as the reference"
-    else:
-        words = f"{len(foreign):,} of {len(given_words):,} words are not in the reference, {len(lacking):,} of its {len(wanted_words):,} are missing"
-    return _segments(wanted, lacking), _segments(given, foreign), words
+        return "the same as the reference" if list(given) == list(wanted) else "the same but for spaces"
+    new, gone = words(given, foreign), words(wanted, lacking)
+    if not new and not gone:
+        return "the same words as the reference, other signs"
+    of_given, of_wanted = words(given, range(len(given))), words(wanted, range(len(wanted)))
+    return f"{new:,} of {of_given:,} words not in the reference, {gone:,} of its {of_wanted:,} missing"
 
 
 def _segments(parts: Sequence[str], chosen: set[int]) -> list[Segment]:
