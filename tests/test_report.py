@@ -272,7 +272,8 @@ def test_an_evaluation_without_scores_is_ranked_by_its_flags() -> None:
     assert run_report_rows.headline({}, rows) == "exact_match"
     ranked = run_report_rows.rank(rows, "exact_match")
     assert [row.direction for row in ranked] == ["better", "worse", "same"]
-    assert run_report_rows.headline({}, [sample(1, base="a", tuned="b")]) == "chrf"
+    almost = run_report_rows.rank([sample(1, base="no", tuned="yet"), sample(2, base="yet", tuned="no")], "exact_match")
+    assert [row.direction for row in almost] == ["better", "worse"]
     assert run_report_rows.headline({}, [sample(1, tuned_json_exact=True)]) == "json_exact"
     assert run_report_rows.headline({"headline": "rouge_l"}, rows) == "rouge_l"
     assert run_report_rows.headline({"headline": "from the future"}, rows) == "exact_match"
@@ -419,9 +420,21 @@ def test_intervals_verdicts_speed_and_the_evaluations_own_warnings_are_shown(run
     )
     text = Elements(page()).text
     assert "95 % interval +10.0 pp to +90.0 pp" in text and "▲ better" in text and "≈ no clear change" in text
-    assert "-1.500 to +0.500" in text and "The interval of the change includes zero for loss" in text
+    assert "-1.500 to +0.500" in text and "No clear change in loss: the interval includes zero" in text
     assert "12.3 tokens/s, 1.50 s an answer" in text and "The rows were <few>" in text
-    assert "No intervals" not in text
+    assert "No intervals" not in text and "Key by key" not in text
+    put_evaluation(
+        [sample(1)], intervals=dict.fromkeys(metrics.METRICS), verdict=dict.fromkeys(metrics.METRICS, "unknown")
+    )
+    text = Elements(page()).text
+    assert "No intervals: too few rows" in text and "unknown" not in text
+
+
+def test_json_keys_are_shown_the_worst_first(run: Path) -> None:
+    keys = {"good": {"rows": 4, "base": 0.0, "tuned": 1.0}, "<bad>": {"rows": 2, "base": 0.5, "tuned": 0.25}}
+    put_evaluation([sample(1)], json_keys=keys)
+    text = Elements(page()).text
+    assert "Key by key" in text and text.index("<bad>") < text.index("good") and "25.0 %" in text
 
 
 def test_every_metric_says_what_it_measures() -> None:

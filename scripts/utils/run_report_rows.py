@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 from scripts.utils import metrics
@@ -12,7 +13,14 @@ Row = dict[str, Any]  # a line of samples.jsonl
 MOST_SHOWN = 20  # rows in full of each kind
 MOST_LISTED = 5_000  # rows in the list that is searched
 _LISTED_CHARACTERS = 3_000_000  # of all rows' texts there, about
-_FINER = ("json_keys", "f1", "chrf", "rouge_l", "loss")  # what breaks ties, the first one that both sides have
+_FINER = (
+    "json_keys",
+    "f1",
+    "chrf",
+    "rouge_l",
+    "likeness",
+    "loss",
+)  # what breaks ties, the first one that both sides have
 _YES_NO = ("exact_match", "normalised_match", "json_valid", "json_exact", "number_match", "hit_limit")
 
 
@@ -48,7 +56,7 @@ def headline(found: dict[str, Any], rows: Sequence[Row]) -> str:
         return "loss"
     if any(row.get("tuned_json_exact") is not None for row in rows):
         return "json_exact"
-    return "exact_match" if any(row.get("base_exact") or row.get("tuned_exact") for row in rows) else "chrf"
+    return "exact_match"
 
 
 def rank(rows: Sequence[Row], name: str) -> list[Ranked]:
@@ -71,7 +79,7 @@ def scores_of(row: Row, side: str) -> dict[str, float | None]:
     return {
         "exact_match": float(row.get(f"{side}_exact", False)),
         "json_exact": None if json_exact is None else float(json_exact),
-        "chrf": metrics.chrf([row[side]], [row["reference"]]).value,
+        "likeness": SequenceMatcher(None, row["reference"], row[side], autojunk=False).quick_ratio(),
         "tokens": row.get(f"{side}_tokens"),
         "hit_limit": float(not finished),
     }

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from scripts.utils import metrics
 from scripts.utils.report_page import table
+from scripts.utils.run_report_words import clean
 
 MEANINGS = {
     "loss": "how much the reference answer surprises the model, in nats a token; 0 would be: it would have written just that",
@@ -37,6 +38,10 @@ VERDICTS = {
 def known_metrics(found: Mapping[str, Any]) -> list[str]:
     """The metrics of an evaluation, in the order of the table."""
     return [name for name in metrics.METRICS if name in found["base"] or name in found["tuned"]]
+
+
+def has_intervals(found: Mapping[str, Any]) -> bool:
+    return any((found.get("intervals") or {}).values())
 
 
 def verdict(found: Mapping[str, Any], name: str) -> str:
@@ -75,10 +80,12 @@ def result(found: Mapping[str, Any], name: str) -> list[str]:
     settings, names = found["settings"], known_metrics(found)
     rows = f"{settings['rows']:,} of {found['data']['available']:,} {settings['split']} rows"
     parts = [_lead(found, name, rows)]
-    with_intervals = bool(found.get("intervals"))
+    with_intervals = has_intervals(found)
     header = ["metric", "base", "tuned", "change", *(["verdict"] if with_intervals else [])]
     body = []
     for each in names:
+        if found["base"].get(each) is None and found["tuned"].get(each) is None:
+            continue
         shown = [metrics.show(each, score(found, side, each)) for side in ("base", "tuned")]
         changed = Markup("{}<br><small>{}</small>").format(change(found, each), interval(found, each))
         sign = Markup('<span class="verdict {}">{}</span>').format(
@@ -92,6 +99,7 @@ def result(found: Mapping[str, Any], name: str) -> list[str]:
     if with_intervals:
         said += f". In small figures: the {level(found)} interval of the change; one that includes zero may be chance"
     parts.append(table(header, body, numbers={1, 2, 3}, caption=said))
+    parts += _json_keys(found.get("json_keys"))
     if missing := _missing(found, names):
         parts.append(Markup('<p class="soft">{}</p>').format(missing))
     terms = Markup("").join(
@@ -122,6 +130,25 @@ def _lead(found: Mapping[str, Any], name: str, rows: str) -> Markup:
         way=verdict(found, name).split(" ")[0],
         word=word,
     )
+
+
+def _json_keys(keys: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """Each JSON key's share of right values, the worst of the tuned model first."""
+    if not keys:
+        return []
+    worst = sorted(keys, key=lambda key: (keys[key]["tuned"], -keys[key]["rows"]))
+    body = [
+        [
+            clean(key),
+            keys[key]["rows"],
+            *(metrics.show("exact_match", metrics.Score(keys[key][side])) for side in ("base", "tuned")),
+        ]
+        for key in worst
+    ]
+    made = table(
+        ["JSON key", "rows", "base", "tuned"], body, numbers={2, 3}, caption="How often a key has the right value"
+    )
+    return [f"<details><summary>Key by key</summary>\n{made}\n</details>"]
 
 
 def _which_way(metric: metrics.Metric) -> str:

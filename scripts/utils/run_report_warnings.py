@@ -6,7 +6,7 @@ from typing import Any
 
 from scripts.utils import metrics
 from scripts.utils.run_report_facts import when
-from scripts.utils.run_report_scores import known_metrics, verdict
+from scripts.utils.run_report_scores import has_intervals, known_metrics, verdict
 
 _SMALL = 100  # rows: below it chance moves shares by ten points and more
 
@@ -68,7 +68,7 @@ def _of_evaluation(stamp: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
     until = (stamp.get("starts") or [{}])[-1].get("until", "")
     if found.get("at", "") and found["at"] < until:
         yield f"evaluated {when(found['at'])}, before the training ended ({when(until)}): the figures are of earlier weights"
-    if settings["split"] == "val":
+    if settings["split"] == "val" and "best checkpoint" not in " ".join(map(str, found.get("warnings", []))):
         yield "evaluated on the validation rows, by which the best checkpoint was chosen: the figures may be too good"
     elif settings["split"] == "train":
         yield "evaluated on rows that it was trained on: the figures say what it learnt by heart, not what it can do"
@@ -77,9 +77,11 @@ def _of_evaluation(stamp: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
     names = known_metrics(found)
     unclear = [metrics.METRICS[name].label for name in names if verdict(found, name) == "no clear change"]
     if unclear:
-        yield f"the interval of the change includes zero for {', '.join(unclear)}: that may be chance"
-    if not found.get("intervals"):
+        yield f"no clear change in {', '.join(unclear)}: the interval includes zero, or too few rows changed; that may be chance"
+    if "intervals" not in found:
         yield f"no intervals (an older evaluation): a small change may be chance. make eval RUN={stamp['run']} FORCE=1"
+    elif not has_intervals(found):
+        yield "no intervals: too few rows to tell a change from chance"
     for side in ("base", "tuned"):
         cut = found[side].get("hit_limit")
         if cut:
