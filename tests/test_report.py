@@ -145,7 +145,9 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        (self.scripts if self.open and self.open[-1] == "script" else self.texts).append(data)
+        inside = self.open[-1] if self.open else ""
+        if inside != "style":
+            (self.scripts if inside == "script" else self.texts).append(data)
 
     @property
     def text(self) -> str:
@@ -334,6 +336,14 @@ def test_a_text_without_spaces_folds_between_whole_emoji() -> None:
     assert boundary("e\u0301" * 100, 51) == 50
 
 
+def test_answers_that_repeat_themselves_are_compared_soon_and_truly() -> None:
+    again = "a b " * 1200
+    assert marked(again, again)[2] == "the same as the reference"
+    _, answer, _ = marked(again, again + "c " + again[:80])
+    assert sum(len(text) for text, flag in answer if flag) < 100
+    marked("a b " * 1400, "b a c " * 900)  # minutes, where difflib may begin at every word
+
+
 def test_texts_too_long_for_difflib_are_shown_unmarked_and_it_is_said() -> None:
     text = "word " * 4000
     wanted, answer, words = marked(text, text + "x")
@@ -391,12 +401,14 @@ def test_rows_that_render_left_out_or_cut_are_warnings_while_they_are_the_runs_o
 
 
 @pytest.mark.parametrize(
-    ("split", "said"), [("val", "best checkpoint was chosen"), ("train", "learnt by heart"), ("test", "")]
+    ("split", "said"), [("val", "best checkpoint was chosen"), ("train", "learnt by heart, not"), ("test", "")]
 )
 def test_rows_that_are_no_test_rows_are_warned_about(run: Path, split: str, said: str) -> None:
     put_evaluation([sample(1)], settings={"split": split, "rows": 1, "generate": True, "max_new_tokens": 24})
-    text = Elements(page()).text
-    assert said in text and ("figures" in text.split("Did it get better?")[1].split("How")[0]) == bool(said)
+    text = page()
+    assert said in text
+    others = {"best checkpoint was chosen", "learnt by heart, not"} - {said}
+    assert not [other for other in others if other in text]
 
 
 def test_an_older_evaluation_is_shown_without_intervals_and_says_so(run: Path) -> None:
@@ -419,7 +431,7 @@ def test_intervals_verdicts_speed_and_the_evaluations_own_warnings_are_shown(run
         headline="exact_match",
     )
     text = Elements(page()).text
-    assert "95 % interval +10.0 pp to +90.0 pp" in text and "▲ better" in text and "≈ no clear change" in text
+    assert "95 % interval +10.0 to +90.0 pp" in text and "▲ better" in text and "≈ no clear change" in text
     assert "-1.500 to +0.500" in text and "No clear change in loss: the interval includes zero" in text
     assert "12.3 tokens/s, 1.50 s an answer" in text and "The rows were <few>" in text
     assert "No intervals" not in text and "Key by key" not in text
@@ -511,7 +523,7 @@ def test_odd_signs_survive_or_become_visible(run: Path) -> None:
 
 def test_long_texts_fold_and_are_whole(run: Path) -> None:
     long = " ".join(f"word{n}" for n in range(2000))
-    put_evaluation([sample(1, tuned=long, prompt=f"first {long} last", prompt_cut=True)])
+    put_evaluation([sample(1, base="yes", tuned=long, prompt=f"first {long} last", prompt_cut=True)])
     text = page()
     cards = text.split('id="everything"')[0]
     assert "more characters</summary>" in cards and "characters before this</summary>" in cards
@@ -616,7 +628,7 @@ def test_search_filter_and_curves_work_in_a_browser(run: Path, monkeypatch: pyte
     put_evaluation(rows)
     plain = browse((run / page_path()).as_uri())
     assert ">60 of 60 rows; 20 of them in full<" in plain
-    assert plain.split('id="list"')[1].count("<details>") == 25 and 'type="range"' in plain
+    assert plain.split('id="list"')[1].count("<details") == 25 and 'type="range"' in plain
     monkeypatch.setattr(
         run_report_page,
         "SCRIPT",
@@ -654,7 +666,8 @@ def test_nothing_is_wider_than_a_phone(run: Path) -> None:
     )
     frame = run / "frame.html"
     frame.write_text(
-        f'<iframe id="f" width="360" height="800" src="{page_path().absolute().as_uri()}"></iframe><p id="said"></p>'
-        "<script>f.onload = () => said.textContent = 'width ' + f.contentDocument.documentElement.scrollWidth</script>"
+        f'<p id="said"></p><iframe id="f" width="360" height="800" src="{page_path().absolute().as_uri()}"></iframe>'
+        "<script>f.onload = () => said.textContent = 'width ' + f.contentDocument.documentElement.scrollWidth + '.'</script>"
     )
-    assert "width 360<" in browse(frame.as_uri(), "--allow-file-access-from-files")
+    said = re.search(r"width (\d+)\.", browse(frame.as_uri(), "--allow-file-access-from-files"))
+    assert said and int(said[1]) <= 360

@@ -62,11 +62,12 @@ def change(found: Mapping[str, Any], name: str) -> str:
 
 
 def interval(found: Mapping[str, Any], name: str) -> str:
-    """Where the true change lies, by the rows' own spread: ``+91.7 pp to +100.0 pp``; nothing where there is none."""
+    """Where the true change lies, by the rows' own spread: ``+91.7 to +100.0 pp``; nothing where there is none."""
     known = (found.get("intervals") or {}).get(name)
     if not known:
         return ""
-    return " to ".join(metrics.show(name, metrics.Score(known[end]), signed=True) for end in ("low", "high"))
+    low, high = (metrics.show(name, metrics.Score(known[end]), signed=True) for end in ("low", "high"))
+    return f"{low.split(' ')[0]} to {high}"
 
 
 def level(found: Mapping[str, Any]) -> str:
@@ -98,7 +99,8 @@ def result(found: Mapping[str, Any], name: str) -> list[str]:
     said = f"Base and tuned model on the same {rows}"
     if with_intervals:
         said += f". In small figures: the {level(found)} interval of the change; one that includes zero may be chance"
-    parts.append(table(header, body, numbers={1, 2, 3}, caption=said))
+    made = table(header, body, numbers={1, 2, 3}, caption=said)
+    parts.append(Markup('<div class="result">{}</div>').format(Markup(made)))
     parts += _json_keys(found.get("json_keys"))
     if missing := _missing(found, names):
         parts.append(Markup('<p class="soft">{}</p>').format(missing))
@@ -117,7 +119,7 @@ def _lead(found: Mapping[str, Any], name: str, rows: str) -> Markup:
     inner = [f"{change(found, name)}"]
     if interval(found, name):
         inner.append(f"{level(found)} interval {interval(found, name)}")
-    word = VERDICTS.get(verdict(found, name), "")
+    word = VERDICTS.get(verdict(found, name), "") if has_intervals(found) else ""
     return Markup(
         '<p class="lead"><span>{label} on {rows}</span><strong>{base} → {tuned}</strong>'
         '<span>{inner} <span class="verdict {way}">{word}</span></span></p>'

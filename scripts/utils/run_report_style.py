@@ -17,6 +17,16 @@ a { color: var(--bar); }
 .lead { display: flex; flex-direction: column; background: var(--box); padding: .8rem 1rem; border-radius: .4rem; }
 .lead strong { font-size: 1.7rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .verdict { white-space: nowrap; }
+@media (max-width: 36rem) {
+  .result tr { display: grid; grid-template-columns: 1fr 1.15fr 1.35fr; column-gap: .4rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }
+  .result tr:has(th), .result td:empty { display: none; }
+  .result td { border: 0; padding: 0; text-align: left; min-width: 0; }
+  .result td:first-child { grid-column: 1 / 3; font-weight: 600; }
+  .result td:nth-child(2)::before { content: "base "; color: var(--soft); }
+  .result td:nth-child(3)::before { content: "tuned "; color: var(--soft); }
+  .result td:nth-child(5) { grid-area: 1 / 3; padding: 0; }
+}
+td:has(.verdict), th.number + th:not(.number) { padding-left: 1rem; }
 .verdict.better { color: var(--good); font-weight: 600; }
 .verdict.worse { color: var(--bad); font-weight: 600; }
 details { margin: .5rem 0; }
@@ -45,7 +55,9 @@ path.again { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 2 4; }
 .cursor { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--ink); pointer-events: none; }
 .reading { font-size: .85rem; font-variant-numeric: tabular-nums; display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center; }
 .reading[hidden], [hidden] { display: none !important; }
-.reading label { display: flex; gap: .6rem; align-items: center; color: var(--soft); }
+.reading label { display: flex; gap: .6rem; align-items: center; color: var(--soft); flex: 1 1 16rem; }
+.reading input { flex: 1; min-width: 6rem; accent-color: var(--bar); }
+.reading output { flex: 1 1 16rem; }
 .tools { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: end; margin: .8rem 0; }
 .tools label { display: flex; flex-direction: column; font-size: .85rem; color: var(--soft); flex: 1 1 14rem; }
 input[type=search], select, button { font: inherit; color: var(--ink); background: var(--ground); border: 1px solid var(--soft); border-radius: .3rem; padding: .35rem .5rem; width: 100%; }
@@ -91,6 +103,8 @@ for (const figure of document.querySelectorAll("figure[data-points]")) {
     slider.value = points.reduce((best, point, n) => Math.abs(point[0] - at) < Math.abs(points[best][0] - at) ? n : best, 0);
     show();
   };
+  show();
+  cursor.hidden = true;
   figure.querySelector(".reading").hidden = false;
 }
 

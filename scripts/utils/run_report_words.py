@@ -32,14 +32,27 @@ def marked(reference: str, answer: str) -> tuple[list[Segment], list[Segment], s
     given_words = [at for at, piece in enumerate(given) if not piece.isspace()]
     if max(len(wanted_words), len(given_words)) > _WORDS_COMPARED:
         return [(reference, False)], [(answer, False)], "too long to be compared word by word"
-    matcher = SequenceMatcher(
-        None, [wanted[at] for at in wanted_words], [given[at] for at in given_words], autojunk=False
-    )
     lacking, foreign = set(wanted_words), set(given_words)
-    for block in matcher.get_matching_blocks():
-        lacking -= set(wanted_words[block.a : block.a + block.size])
-        foreign -= set(given_words[block.b : block.b + block.size])
+    for start, other, count in _common([wanted[at] for at in wanted_words], [given[at] for at in given_words]):
+        lacking -= set(wanted_words[start : start + count])
+        foreign -= set(given_words[other : other + count])
     return _segments(wanted, lacking), _segments(given, foreign), _in_words(wanted, lacking, given, foreign)
+
+
+def _common(wanted: Sequence[str], given: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+    """Stretches of equal words: (where in the one, where in the other, how many).
+
+    Equal ends are taken off first: above 200 words difflib leaves out the most frequent ones as places to begin at,
+    without which an answer that repeats itself would take it minutes.
+    """
+    shorter = min(len(wanted), len(given))
+    head = next((at for at in range(shorter) if wanted[at] != given[at]), shorter)
+    tail = next((at for at in range(shorter - head) if wanted[-1 - at] != given[-1 - at]), shorter - head)
+    yield 0, 0, head
+    yield len(wanted) - tail, len(given) - tail, tail
+    matcher = SequenceMatcher(None, wanted[head : len(wanted) - tail], given[head : len(given) - tail])
+    for block in matcher.get_matching_blocks():
+        yield head + block.a, head + block.b, block.size
 
 
 def _in_words(wanted: Sequence[str], lacking: set[int], given: Sequence[str], foreign: set[int]) -> str:
