@@ -41,7 +41,7 @@ class Material:
 
 def build(material: Material) -> str:
     stamp, found = material.stamp, material.found
-    parts = [*_head(material), *_warnings(material)]
+    parts: list[str] = [*_head(material), *_warnings(material)]
     ranked: list[rows_of.Ranked] = []
     name = ""
     if found:

@@ -108,11 +108,11 @@ def said_scores(name: str, scores: dict[str, dict[str, float | None]]) -> list[t
     """(label, base, tuned) of the metrics that a row is shown with: the headline first."""
     lines = []
     for metric in dict.fromkeys([name, "chrf", "f1", "loss", "tokens"]):
-        values = [scores[side].get(metric) for side in ("base", "tuned")]
-        if any(value is not None for value in values) and len(lines) < 4:
+        base, tuned = (scores[side].get(metric) for side in ("base", "tuned"))
+        if (base, tuned) != (None, None):
             label = metrics.METRICS[metric].label if metric in metrics.METRICS else metric
-            lines.append((label, *(said(metric, value) for value in values)))
-    return lines
+            lines.append((label, said(metric, base), said(metric, tuned)))
+    return lines[:4]
 
 
 def said(metric: str, value: float | None) -> str:

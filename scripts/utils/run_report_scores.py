@@ -80,7 +80,7 @@ def result(found: Mapping[str, Any], name: str) -> list[str]:
     """The headline figure, the verdicts in words, the table, and what its metrics measure."""
     settings, names = found["settings"], known_metrics(found)
     rows = f"{settings['rows']:,} of {found['data']['available']:,} {settings['split']} rows"
-    parts = [_lead(found, name, rows)]
+    parts: list[str] = [_lead(found, name, rows)]
     with_intervals = has_intervals(found)
     header = ["metric", "base", "tuned", "change", *(["verdict"] if with_intervals else [])]
     body = []

@@ -19,6 +19,8 @@ _SIGN = r"!-/:-@\[-^`{-~"  # ASCII punctuation but _
 # whatever else stands together stays together: letters with their accents, emoji with what joins them
 _PIECE = re.compile(rf"\s+|[{_EAST}][\u3099\u309a\ufe00-\ufe0f]*|[{_SIGN}]|[^\s{_EAST}{_SIGN}]+")
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 def pieces(text: str) -> list[str]:
     """Words, signs and the spaces between them; joined they are the text."""
@@ -86,7 +88,8 @@ def _segments(parts: Sequence[str], chosen: set[int]) -> list[Segment]:
 
 def clean(text: str) -> str:
     """A text as a page can hold it: line ends as one sign, control characters as their pictures."""
-    return visible(text.replace("\r\n", "\n"))
+    text = text.replace("\r\n", "\n")
+    return visible(text) if _CONTROL.search(text) else text  # most texts hold none, and looking is quicker
 
 
 def fold(segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
