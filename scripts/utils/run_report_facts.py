@@ -68,7 +68,7 @@ def _data(stamp: Mapping[str, Any]) -> Facts:
         ("tokens", counted),
         ("content", _hash(data.get("hash"))),
         ("chat template", f"{render.get('template', '')}{_bracket(_hash(render.get('template_hash')))}"),
-        ("longest row", f"{render['max_length']:,} tokens"),
+        ("rows up to", f"{render['max_length']:,} tokens"),
         ("style", f"{style['text']}{_bracket(style.get('mode'))}" if style.get("text") else ""),
     ]
 

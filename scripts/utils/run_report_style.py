@@ -31,7 +31,7 @@ td:has(.verdict), th.number + th:not(.number) { padding-left: 1rem; }
 .verdict.worse { color: var(--bad); font-weight: 600; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--bar); overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .2rem 1rem; margin: .5rem 0; font-size: .9rem; }
+dl { display: grid; grid-template-columns: clamp(7rem, 28%, 12rem) 1fr; gap: .2rem 1rem; margin: .5rem 0; font-size: .9rem; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 figure { margin: 1rem 0; }
@@ -60,7 +60,7 @@ path.again { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 2 4; }
 .reading output { flex: 1 1 16rem; }
 .tools { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: end; margin: .8rem 0; }
 .tools label { display: flex; flex-direction: column; font-size: .85rem; color: var(--soft); flex: 1 1 14rem; }
-input[type=search], select, button { font: inherit; color: var(--ink); background: var(--ground); border: 1px solid var(--soft); border-radius: .3rem; padding: .35rem .5rem; width: 100%; }
+input[type=search], select, button { font: inherit; color: var(--ink); background: var(--ground); border: 1px solid var(--soft); border-radius: .3rem; padding: .35rem .5rem; width: 100%; min-height: 2.3rem; }
 button { width: auto; cursor: pointer; }
 .row { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem; margin: .8rem 0; }
 .scores { font-size: .85rem; color: var(--soft); }
@@ -116,10 +116,11 @@ if (by("rows-data")) {
     right: row => row.exact === true, wrong: row => row.exact === false, cut: row => !row.ended,
   };
   const signs = { better: "▲ better", worse: "▼ worse", same: "= same" };
+  const turn = /<\\|[^|<>]*\\|>(assistant|user|system)?/g;  // ChatML's signs say nothing in one line
   let found = [], shown = 0;
   const entry = row => {
     const box = make("details"), head = make("summary"), prompt = row.texts[0][1];
-    head.append(`${row.n} · ${signs[row.way]} · ${row.score} `, make("bdi", prompt.slice(-160).trim().slice(-90), "start"));
+    head.append(`${row.n} · ${signs[row.way]} · ${row.score} `, make("bdi", prompt.replace(turn, " ").trim().slice(-90), "start"));
     box.append(head);
     box.addEventListener("toggle", () => {
       if (box.childElementCount > 1) return;
@@ -144,6 +145,7 @@ if (by("rows-data")) {
     found = rows.filter((row, at) => kind(row) && words.every(word => searched[at].includes(word)));
     const numbers = new Set(found.map(row => row.n));
     for (const card of cards) card.hidden = !numbers.has(+card.dataset.row);
+    for (const rest of document.querySelectorAll(".rest")) rest.open = found.length < rows.length;
     by("list").replaceChildren();
     shown = 0;
     more();

@@ -12,7 +12,7 @@ from scripts.utils.shown import visible
 
 Segment = tuple[str, bool]  # text, and whether it is marked
 
-FOLD_CHARACTERS, FOLD_LINES = 700, 14  # of a text, before the rest is folded away
+FOLD_CHARACTERS, FOLD_LINES = 480, 14  # of a text, before the rest is folded away
 _WORDS_COMPARED = 3_000  # a longer text is not marked: difflib's time grows with the square
 _EAST = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"  # written without spaces: sign by sign
 _SIGN = r"!-/:-@\[-^`{-~"  # ASCII punctuation but _
