@@ -129,8 +129,8 @@ selftest: ready ## are packing, chunks and shared beginnings exact on this model
 	@$(PY) scripts/selftest.py
 
 ##@ Use
-.PHONY: eval eval-quick eval-full infer infer-batch merge
-eval: ready ## base against tuned model -> outputs/<run>/eval   RUN= SPLIT= LIMIT=
+.PHONY: eval eval-quick eval-full report infer infer-batch merge
+eval: ready ## base against tuned model -> outputs/<run>/eval, report.html   RUN= SPLIT= LIMIT=
 	@$(PY) scripts/eval.py
 
 eval-quick: ready ## the same on a few rows
@@ -138,6 +138,9 @@ eval-quick: ready ## the same on a few rows
 
 eval-full: ready ## the same on every row of the split
 	@$(PY) scripts/eval.py --full
+
+report: ready ## curves, before/after, best and worst rows as one page -> outputs/<run>/report.html   RUN=
+	@$(PY) scripts/report.py
 
 infer: ready ## chat with the tuned model, or answer one PROMPT=   RUN= WHICH=tuned|base|merged
 	@$(PY) scripts/infer.py $${SFT_PROMPT:+--prompt="$$SFT_PROMPT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}

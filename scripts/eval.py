@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, metrics, rendered, stages, stamp
+from scripts.utils import command, console, files, metrics, rendered, run_report, stages, stamp
 from scripts.utils.config import run_name
 from scripts.utils.errors import UserError
 from scripts.utils.evaluation import SIDES, Answers, Side, answering_as, evaluate, samples
@@ -183,6 +183,7 @@ def report(run: str, folder: Path, found: dict[str, Any]) -> None:
     for reason, labels in missing.items():
         console.note("eval", f"no {', '.join(labels)}: {reason}")
     console.result(f"metrics: {folder / 'metrics.json'}\nsamples: {folder / 'samples.jsonl'}")
+    console.result(f"report: {run_report.ensure(run)}")
 
 
 def show_samples(folder: Path, count: int = 3) -> None:

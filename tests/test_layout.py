@@ -30,9 +30,11 @@ attention
 loss backends
 data_hub reading
 model_store schedule adapters tally sources unsloth_child shown grouping
-data_report
-spool
-rendered training trained generation initial
+data_report run_report_curves run_report_facts run_report_style run_report_words
+spool run_report_rows run_report_scores
+run_report_warnings run_report_cards
+run_report_page
+rendered training trained generation initial run_report
 rendering token_store
 callbacks merging evaluation chat_session self_test
 """
