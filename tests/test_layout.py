@@ -21,20 +21,24 @@ FLOORS = """
 errors schema console environment template_child
 workers
 files yaml_text gguf_file unpacked turns template_guard literals lengths spans
-hardware training_state json_rows splits continued near suspicious report_page
+hardware safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page
 arrow_rows unsloth_probe
 config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
 packing planning offload fused_kernels
 attention
 loss backends
-data_hub reading
-model_store schedule adapters tally sources unsloth_child shown grouping
+data_hub reading hub_push
+model_store schedule
+model_card
+adapters tally sources unsloth_child shown grouping
 data_report
 spool
 rendered training trained generation initial
 rendering token_store
-callbacks merging evaluation chat_session self_test
+callbacks merging merge_proof evaluation chat_session self_test gguf_tokenizer exporting go_template
+merge_layers gguf_export modelfile
+gguf_proof
 """
 
 HEADER = """if not __package__:  # run as a file: import from the repository root, not from scripts/
