@@ -7,6 +7,7 @@ in that runtime and its log-probabilities, token ids and chat text are compared 
 
 import argparse
 import gc
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,8 @@ def export(
     weights = sum(path.stat().st_size for path in whole.folder.glob("*.safetensors"))
     gguf_proof.check_space(target, weights, quant)
     console.note("export-gguf", f"{whole.folder} as {quant}, by {converter or 'our own writer on the gguf package'}")
+    for left in target.parent.glob(".new-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as temporary:
         new = Path(temporary) / target.name
         with files.disk_errors(target):
@@ -111,9 +114,18 @@ def export(
             proof = gguf_proof.prove(whole, new, plan, quant, config.merge.tolerance)
             gc.collect()
             files.usual_mode(new)
-            size = new.stat().st_size
+            note = {
+                "wanted": wanted,
+                "size": new.stat().st_size,
+                "proof": proof,
+                "tolerance": config.merge.tolerance,
+                "at": stamp.now(),
+            }
+            files.write_json(
+                note_path, {**note, "wanted": None}
+            )  # the file is ours from now on, and not up to date yet
             new.replace(target)
-    note = {"wanted": wanted, "size": size, "proof": proof, "tolerance": config.merge.tolerance, "at": stamp.now()}
+            files.sync_folder(target.parent)
     files.write_json(note_path, note)
     return note
 

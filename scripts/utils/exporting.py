@@ -74,7 +74,7 @@ def _check_merged(run: str, folder: Path, adapter: Path) -> None:
 def check_gguf(run: str, file: Path, whole: Whole) -> None:
     """Raises ``UserError`` where a GGUF file is not of the model that lies there now."""
     note = file.with_suffix(".json")
-    if not note.is_file() or files.read_json(note)["wanted"]["model"] != whole.hash:
+    if not note.is_file() or (files.read_json(note)["wanted"] or {}).get("model") != whole.hash:
         raise UserError(
             f"{file} is not of the model in {whole.folder} now",
             f"run: make export-gguf RUN={run} QUANT={file.stem.removeprefix(run + '-')}",

@@ -145,7 +145,12 @@ def stored(path: Path, plan: Plan) -> "Iterator[tuple[str, np.ndarray]]":
     for tensor in reader.tensors:
         if tensor.name in known:
             name = known[tensor.name]
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            try:
+                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"{path.absolute()}: {error}, so it cannot be compared", "choose another QUANT"
+                ) from error
             if list(values.shape) != plan.shapes[name]:
                 raise RefusedError(f"{path.absolute()}: {tensor.name} has another shape", "write it again")
             heads = plan.model.heads(name)

@@ -1,6 +1,7 @@
 """Is a GGUF file the model it was made from? Its tensors, its logits in transformers, and a real runtime's answers."""
 
 import gc
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def _load(whole: Whole) -> Any:
 def _places(length: int) -> list[int]:
     """Lengths of the beginnings of a row whose next token is asked for, spread evenly."""
     count = min(POSITIONS, length - 1)
-    return sorted({1 + (length - 1) * (number + 1) // count - 1 for number in range(count)} - {0}) if count else []
+    return sorted({(length - 1) * (number + 1) // count for number in range(count)}) if count > 0 else []
 
 
 def _next_of(reference: merge_proof.Reference, place: int) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -101,8 +102,8 @@ def _in_runtime(
         floor = min(logs.values())  # one that is not among those told is at most as likely as the last of them
         for number, value in zip(top.tolist(), known.tolist(), strict=True):
             off = abs(logs.get(number, min(floor, value)) - value)
-            weighted += off * 2.718281828459045**value / len(wanted)
-            largest = max(largest, off if value > -4.6 else 0.0)
+            weighted += off * math.exp(value) / len(wanted)
+            largest = max(largest, off if math.exp(value) >= merge_proof.LIKELY else 0.0)
         agreed += max(logs, key=lambda number: logs[number]) == int(top[0])
     ids = [whole.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     shown = [render_prompt(whole.template, whole.tokenizer, chat).text for chat in chats]
