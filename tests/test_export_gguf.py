@@ -123,7 +123,7 @@ def test_a_runtime_computes_what_transformers_does(name: str, extra: dict[str, A
     model = write_model(tmp_path, name, **extra)
     path, plan = write_gguf(tmp_path)
     assert gguf_export.compare_tensors(path, plan, "f32") == {"tensors": len(plan.shapes), "largest_difference": 0.0}
-    assert largest_gap(model, path, smollm2_tokenizer()) < 0.01  # its cache of keys is in f16
+    assert largest_gap(model, path, smollm2_tokenizer()) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
@@ -131,7 +131,9 @@ def test_transformers_reads_the_file_back_to_the_same_logits(name: str, tmp_path
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = write_model(tmp_path, name, **({"sliding_window": None} if name == "mistral" else {}))
+    # transformers takes 128 for the size of Qwen3's heads, whatever the file says
+    extra = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 128}}.get(name, {})
+    model = write_model(tmp_path, name, **extra)
     path, plan = write_gguf(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).eval()
     ids = smollm2_tokenizer()(TEXT, return_tensors="pt")["input_ids"]

@@ -65,6 +65,9 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
     parameters.n_ctx = request["context"]
     parameters.n_parallel = 1
     parameters.n_gpu_layers = 0
+    # its defaults round what it remembers of earlier tokens, and attention, to f16, which has nothing to do with the file
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.warmup = False
     parameters.verbosity = -1
     server = xllamacpp.Server(parameters)
@@ -79,7 +82,8 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _next(server: Any, ids: list[int]) -> dict[int, float]:
-    request = {"prompt": ids, "max_tokens": 1, "logprobs": ASKED, "temperature": 1.0}
+    # an end token that is drawn comes without log-probabilities; those that are told are of the model, before any ban
+    request = {"prompt": ids, "max_tokens": 1, "logprobs": ASKED, "temperature": 0, "ignore_eos": True}
     answer = server.handle_completions(request)
     first = answer["choices"][0]["logprobs"]["content"][0]
     return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}

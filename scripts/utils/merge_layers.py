@@ -66,7 +66,7 @@ def plan(source: Source) -> Plan:
 
 
 def _places(source: Source, model: Any) -> tuple[dict[str, Path], dict[str, list[int]]]:
-    """File and shape of each weight that is written, in the model's order; of tied weights only one is."""
+    """File and shape of each weight that is written, in the order of a saved model; of tied weights only one is."""
     from safetensors import safe_open
 
     found: dict[str, Path] = {}
@@ -80,7 +80,12 @@ def _places(source: Source, model: Any) -> tuple[dict[str, Path], dict[str, list
             f"{source.base}: the files name their weights otherwise than the model does, e.g. no {missing[0]}",
             _IN_MEMORY,
         )
-    return {name: found[name] for name in wanted}, wanted
+    return {name: found[name] for name in wanted}, {name: wanted[name] for name in sorted(wanted, key=_natural)}
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """transformers' own order when it saves: names part by part, numbers by size."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _pairs(source: Source, shapes: dict[str, list[int]]) -> dict[str, str]:
