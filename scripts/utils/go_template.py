@@ -191,8 +191,8 @@ def go_text(form: Form, bos: str = "") -> str:
         start = _literal(form.before[role])
         if form.joined and role == "user":
             start = f"{{{{ if not $opened }}}}{start}{{{{ end }}}}{{{{ $opened = false }}}}"
-        if form.joined and role == "system":
-            start += "{{ $opened = true }}"
+        elif form.joined:
+            start += f"{{{{ $opened = {str(role == 'system').lower()} }}}}"
         test = f'if eq .Role "{role}"' if role == "system" else f'else if eq .Role "{role}"'
         lines.append(f"{{{{- {test} }}}}{start}{{{{ .Content }}}}{_literal(form.after[role])}")
     lines += ["{{- end }}", "{{- end }}"]
