@@ -20,8 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = """
 errors schema console environment template_child
 workers
-files yaml_text gguf_file unpacked turns template_guard literals lengths spans
-hardware training_state json_rows splits continued near suspicious report_page
+files yaml_text gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
+hardware training_state json_rows splits continued near suspicious report_page unfinished
 arrow_rows unsloth_probe
 config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
@@ -33,8 +33,10 @@ model_store schedule adapters tally sources unsloth_child shown grouping
 data_report
 spool
 rendered training trained generation initial
-rendering token_store
-callbacks merging evaluation chat_session self_test
+rendering token_store streaming served answering
+callbacks merging evaluation speaking engine_child self_test
+conversation
+chat_session
 """
 
 HEADER = """if not __package__:  # run as a file: import from the repository root, not from scripts/
