@@ -83,6 +83,8 @@ def main() -> int:
     except SFTError as problem:
         console.error(problem.message, problem.hint)
         return problem.exit_code
+    except KeyboardInterrupt:  # while it was loading
+        return 130
     return 0
 
 

@@ -68,6 +68,7 @@ class WithinSchema:
     def __init__(self, schema: Schema, rows: int) -> None:
         self._schema, self._rows = schema, rows
         self._matchers: list[Any] = []
+        self._ended: set[int] = set()
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         """``input_ids``: int64 [rows, tokens], ``scores``: float [rows, vocabulary]."""
@@ -76,18 +77,20 @@ class WithinSchema:
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
         if self._matchers:
-            for matcher, token in zip(self._matchers, input_ids[:, -1].tolist(), strict=True):
-                if not matcher.is_stopped():
-                    matcher.consume_token(token)
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                if row not in self._ended:
+                    self._matchers[row].consume_token(token)
+                if token in self._schema.stop_ids:
+                    self._ended.add(row)
         else:
             self._matchers = self._begin(scores.shape[1])
         bits = allocate_token_bitmask(self._rows, scores.shape[1])
         for row, matcher in enumerate(self._matchers):
-            if matcher.is_error():
+            if row not in self._ended and matcher.is_error():
                 raise UserError(
                     f"the answer cannot be held to the JSON schema: {matcher.get_error()}", "simplify the schema"
                 )
-            if not matcher.is_stopped():  # a row that has ended may hold whatever fills it up
+            if row not in self._ended:  # after its end token a row may hold whatever fills it up
                 fill_next_token_bitmask(matcher, bits, row)
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : scores.shape[1]]
         return scores.masked_fill(~torch.from_numpy(allowed.astype(bool)).to(scores.device), float("-inf"))
