@@ -41,7 +41,7 @@ class Terminal:
         self.program = subprocess.Popen(
             [str(word) for word in words],
             cwd=cwd,
-            env=environment(TERM="xterm-256color", **extra),
+            env=environment(**{"TERM": "xterm-256color", **extra}),
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
@@ -49,38 +49,39 @@ class Terminal:
         )
         os.close(terminal)
         self._raw = b""
-        self._read = 0  # characters of the shown text that were waited for already
-
-    @property
-    def shown(self) -> str:
-        """All that the program wrote, without the codes that move the cursor."""
-        return _CONTROL.sub("", self._raw.decode(errors="replace"))
+        self._read = 0  # bytes of it that were waited for already
+        # an editor of lines asks the terminal to mark what is pasted, each time that it begins to read
+        self._prompt = "you> " if extra.get("TERM") == "dumb" else "\x1b[?2004h"
 
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
 
     def wait_for(self, text: str, seconds: float = 120) -> str:
-        """Read until ``text`` appears after what was waited for before; returns what came before it."""
+        """Read until ``text`` appears after what was waited for before; returns what came before it, without codes."""
         deadline = time.monotonic() + seconds
-        while text not in self.shown[self._read :]:
+        while text.encode() not in self._raw[self._read :]:
             ready, _, _ = select.select([self._end], [], [], max(deadline - time.monotonic(), 0))
-            assert ready, f"no {text!r} in: {self.shown[-2000:]}"
+            assert ready, f"no {text!r} in: {self._raw[-2000:]!r}"
             try:
                 new = os.read(self._end, 4096)
             except OSError:  # the program has ended
                 new = b""
-            assert new, f"the program ended without {text!r}: {self.shown[-2000:]}"
+            assert new, f"the program ended without {text!r}: {self._raw[-2000:]!r}"
             if _WHERE in new:
-                os.write(self._end, b"\x1b[1;1R" * new.count(_WHERE))
+                os.write(self._end, b"\x1b[40;1R" * new.count(_WHERE))
             self._raw += new
-        before, _, _ = self.shown[self._read :].partition(text)
-        self._read += len(before) + len(text)
-        return before
+        before, _, _ = self._raw[self._read :].partition(text.encode())
+        self._read += len(before) + len(text.encode())
+        return _CONTROL.sub("", before.decode(errors="replace"))
+
+    def wait_for_prompt(self, seconds: float = 120) -> str:
+        """Read until the program reads a line; returns what it has shown until then."""
+        return self.wait_for(self._prompt, seconds)
 
     def ask(self, text: str, seconds: float = 120) -> str:
         """Type a message at the prompt and return all that is shown until the next prompt."""
         self.type(text + ENTER)
-        return self.wait_for("you> ", seconds)
+        return self.wait_for_prompt(seconds)
 
     def ended(self, seconds: float = 60) -> int:
         """Read to the end, and give the exit code."""

@@ -144,20 +144,24 @@ def test_compare_needs_an_adapter(
 
 
 def test_what_no_longer_fits_is_left_out_whole_and_said_every_time(
-    run: Path, monkeypatch: pytest.MonkeyPatch, seen: list[Any], capsys: pytest.CaptureFixture[str]
+    run: Path, seen: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tiny model sees 256 tokens; a quarter of them is kept for the answer where more are asked for."""
-    first, second = "first " + "word " * 80, "second " + "word " * 80
-    converse(monkeypatch, [first, second, THANKS, HELLO], max_new_tokens=24)
-    notes = [line for line in capsys.readouterr().err.splitlines() if "too long" in line]
-    answered = [messages for messages, after in zip(seen, [*seen[1:], [{}]], strict=True) if messages[-1] != after[-1]]
-    contents = [[m["content"][:5] for m in messages if m["role"] == "user"] for messages in answered]
-    assert contents == [["first"], ["first", "secon"][-len(contents[1]) :], contents[2], contents[3]]
-    left_out = [number + 1 - len(kept) for number, kept in enumerate(contents)]
-    assert sum(count > 0 for count in left_out) == len(notes) > 0
-    assert "256 tokens" in notes[0] and "“first word" in notes[0]
-    for messages in answered:
-        assert messages[0]["role"] == "user", "an exchange is left out whole"
+    """The tiny model sees 256 tokens, of which a question of 80 words takes about 90."""
+    session = chat_session.Session(trained.load_trained(RUN), InferSection(max_new_tokens=24), None, None)
+    session.exchanges = [Exchange(f"{name} " + "word " * 80, "yes") for name in ("first", "second", "third")]
+    for kept, said in ((["secon", "third"], "the first 1 exchange "), (["third"], "the first 2 exchanges ")):
+        capsys.readouterr()
+        session.ask(THANKS + " so much" * (0 if len(kept) == 2 else 30))
+        error = capsys.readouterr().err
+        assert [m["content"][:5] for m in seen[-1]][: 2 * len(kept) : 2] == kept
+        assert said in error and "256 tokens" in error and "“first word" in error
+        del session.exchanges[3:]
+    capsys.readouterr()
+    session.ask(THANKS + " so much" * 80)
+    assert "all that was said before" in capsys.readouterr().err and len(seen[-1]) == 1
+    session.reset()
+    session.ask(THANKS)
+    assert "cannot be shown" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("new", [1, 24, 200, 10_000])
@@ -184,7 +188,7 @@ def test_chat_survives_a_message_beyond_the_context(
 def test_an_answer_cut_by_the_context_says_so(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    converse(monkeypatch, ["word " * 240], max_new_tokens=100, temperature=50.0)
+    converse(monkeypatch, ["word " * 200], max_new_tokens=100, temperature=50.0)
     assert "the model's 256 tokens are full" in capsys.readouterr().err
 
 
@@ -233,7 +237,8 @@ def test_ctrl_c_before_the_first_word_never_ends_the_program(
 ) -> None:
     interrupt_at(monkeypatch, 0)
     converse(monkeypatch, [HELLO, THANKS])
-    assert f"model> {WELCOME}\n" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert captured.out.count("model> ") == 2 and "stopped" in captured.err
 
 
 def test_ctrl_c_in_a_comparison_stops_all_of_it(
@@ -374,7 +379,7 @@ def terminal(run: Path) -> Callable[..., Terminal]:
 def test_chat_on_a_real_terminal(terminal: Callable[..., Terminal], run: Path) -> None:
     """Typed as a person types: corrected, taken from the history, on several lines, pasted, completed, left."""
     with terminal("--run", RUN) as chat:
-        chat.wait_for("you> ")
+        chat.wait_for_prompt()
         assert WELCOME in chat.ask("thank" + LEFT * 5 + "\x1b[F" + "s")  # End, then the missing letter
         chat.ask("/reset")
         chat.type(UP + UP)
@@ -386,15 +391,17 @@ def test_chat_on_a_real_terminal(terminal: Callable[..., Terminal], run: Path) -
         chat.ask("/reset")
         chat.type(pasted(QUESTION))
         assert ANSWER in chat.ask("")
-        assert "unknown command" not in chat.ask("/und" + TAB)
+        chat.type("/und" + TAB)
+        chat.wait_for("/undo")
+        assert "taken back" in chat.ask("")
         chat.type('"""' + first + ENTER)
-        chat.wait_for("...> ")
+        chat.wait_for_prompt()
         assert ANSWER in chat.ask(second + '"""')
         assert "tuned>" in chat.ask("/compare")
         assert "row 1 of" in chat.ask("/save saved.jsonl")
         chat.type(CTRL_C)
         chat.wait_for("once more leaves")
-        chat.wait_for("you> ")
+        chat.wait_for_prompt()
         chat.type("/exit" + ENTER)
         assert chat.ended() == 0
     (row,) = files.read_jsonl(run / "saved.jsonl")
@@ -408,17 +415,17 @@ def test_ctrl_c_on_a_real_terminal_stops_a_long_answer_of_a_real_model(
     (tmp_path / "c.yaml").write_text("infer: {max_new_tokens: 1500}\n")
     words = [sys.executable, REPO / "scripts/infer.py", "--config", "c.yaml"]
     with Terminal([*words, "--model", "embedded/smollm2-135m-instruct"], tmp_path) as chat:
-        chat.wait_for("you> ")
+        chat.wait_for_prompt()
         chat.type("Write a very long story about a lighthouse." + ENTER)
         chat.wait_for("model> ")
         chat.wait_for(" ")
         chat.type(CTRL_C)
         chat.wait_for("stopped", 30)
-        chat.wait_for("you> ")
+        chat.wait_for_prompt()
         chat.type("Say hello." + ENTER)
         chat.wait_for("model> ")
         chat.type(CTRL_C)
-        chat.wait_for("you> ")
+        chat.wait_for_prompt()
         chat.type(CTRL_D)
         assert chat.ended() == 0
 
@@ -438,7 +445,7 @@ def test_the_plain_fallback_reads_a_message_a_line(terminal: Callable[..., Termi
         assert done.returncode == 0 and f"model> {WELCOME}\n" in done.stdout and "taken back" in done.stdout
         return
     with terminal("--run", RUN, TERM="dumb") as chat:
-        chat.wait_for("you> ")
+        chat.wait_for_prompt()
         assert WELCOME in chat.ask(THANKS)
         chat.type(CTRL_D)
         assert chat.ended() == 0
