@@ -3,8 +3,9 @@
     make bench-data ROWS=1000,100000,1000000
 
 Rows are generated, the same for both, in a temporary folder. Each measurement is a command of its own, from its start to its
-files on disk, ours and theirs in turn on the same machine. What the peer is spared: it neither looks for near
-duplicates (it computes their signatures only) nor checks a row, writes rejected ones, or reports.
+files on disk, ours and theirs in turn on the same machine. The peer does all that the step does but the report
+(benchmarks/data_peer.py); "the peer less" is ids, signatures and exact duplicates only: no row checked, none looked for
+that is nearly the same, no split, no file of rows.
 """
 
 import argparse
@@ -64,6 +65,9 @@ def measure(count: int, base: Path, alone: bool) -> Iterator[tuple[str, Measured
         theirs = None if alone else run([sys.executable, "-m", "benchmarks.data_peer", step, str(folder)], folder)
         again = run(command, folder)
         yield step, mine, theirs, again
+        if step == "process" and not alone:
+            less = run([sys.executable, "-m", "benchmarks.data_peer", "process-less", str(folder)], folder)
+            yield "process, the peer less", mine, less, again
     shutil.rmtree(folder)
 
 

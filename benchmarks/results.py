@@ -11,7 +11,18 @@ from scripts.utils import files, hardware, workers
 from scripts.utils.errors import UserError
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-PARTS = ("train-fp32", "train-bf16", "levers-fp32", "levers-bf16", "prefix", "context", "inference", "starts")
+PARTS = (
+    "train-fp32",
+    "train-bf16",
+    "levers-fp32",
+    "levers-bf16",
+    "profile-fp32",
+    "profile-bf16",
+    "prefix",
+    "context",
+    "inference",
+    "starts",
+)
 _MEDIAN_OF = ("rate", "trained_rate", "peak_bytes", "seconds", "first_step", "flops", "train_loss")
 
 

@@ -167,6 +167,7 @@ def train(
         "packing": config.train.packing,
         "engine": asdict(exact),
         "gradient_checkpointing": loaded.checkpointing,
+        "optimizer": hardware.optimizer_name(config, machine),
         "plan": plan.facts() if plan else None,
         "hardware": asdict(machine),
         "versions": stamp.library_versions(),

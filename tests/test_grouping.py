@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scripts import process
 from scripts.utils import environment, grouping, near, splits, stages
-from scripts.utils.reading import Read, Rows
+from scripts.utils.reading import Read, Refused, Rows, gather
 
 WORDS = [f"word{number}" for number in range(400)]
 CHINESE = "".join(chr(0x4E00 + number) for number in range(90))  # a text without spaces
@@ -210,5 +210,39 @@ def test_how_alike_two_texts_are(one, two, alike):
 def test_overlaps_are_counted_from_the_result():
     found = Rows(names=["a"])
     for key in (1, 1, 2, 3):
-        found.add(Read(1, b"", b"", b"", question=key, group=0, characters=1, turns=1, answer=1, marks=0), -1)
+        row = Read(1, b"", b"", b"", question=key, group=0, characters=1, turns=1, answer=1, marks=0)
+        found.add(gather([row]), -1)
     assert grouping.overlaps(found, bytes([0, 2, 0, 1])) == {"train and val": 0, "train and test": 1, "val and test": 0}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=1, max_size=30),
+    st.floats(0, 0.5), st.floats(0, 0.49),
+)  # fmt: skip
+def test_all_rows_at_once_get_the_split_that_each_gets_alone(keys, val, test):
+    found = Rows(names=["a"])
+    read = [Read(1, b"", b"", b"", question=q, group=g, characters=1, turns=1, answer=1, marks=0) for q, g in keys]
+    found.add(gather(read), -1)
+    alone = [splits.split_of((g or q).to_bytes(8), val, test) for q, g in keys]
+    assert [grouping.SPLITS[code] for code in grouping._codes_by_hash(found, val, test)] == alone
+
+
+def test_a_chunk_keeps_the_rows_asked_for_and_no_byte_of_the_others():
+    read = [
+        Read(
+            n,
+            bytes([n]) * 12,
+            b"x" * n + b"\n",
+            bytes([n]) * 8,
+            question=n,
+            group=0,
+            characters=n,
+            turns=1,
+            answer=n,
+            marks=0,
+        )
+        for n in range(1, 6)
+    ]
+    whole = gather([read[0], Refused(9, "r", "", b"{}\n"), *read[1:]])
+    assert whole.only([1, 3]) == gather([Refused(9, "r", "", b"{}\n"), read[1], read[3]])
+    assert whole.only([]).json == b"" and len(whole.refused) == 1

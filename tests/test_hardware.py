@@ -50,15 +50,33 @@ def test_auto_stays_with_the_precision_that_the_run_began_with() -> None:
     assert choose_precision(TrainSection(precision="fp32"), CPU, "bf16").actual == "fp32", "asked for by name"
 
 
-def test_bf16_is_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cpu.json"
-    monkeypatch.setattr(hardware, "_multiply_seconds", lambda: {"fp32": 1.0, "bf16": 0.5})
-    assert hardware.bf16_is_faster_on_cpu(cache)
-    monkeypatch.setattr(hardware, "_multiply_seconds", lambda: {"fp32": 1.0, "bf16": 0.9})
-    assert hardware.bf16_is_faster_on_cpu(cache), "kept"
-    cache.write_text("[broken")
-    assert not hardware.bf16_is_faster_on_cpu(cache), "measured again"
-    assert not hardware.bf16_is_faster_on_cpu(tmp_path / "no folder" / "cpu.json")
+def test_precision_and_threads_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cache, before = tmp_path / "cpu.json", torch.get_num_threads()
+    monkeypatch.setattr(hardware, "thread_counts", lambda: [2, 1])
+    # two threads that hold each other up, as on one core's two halves
+    times = {2: {"fp32": 1.0, "bf16": 0.9}, 1: {"fp32": 0.8, "bf16": 0.4}}
+    monkeypatch.setattr(hardware, "_multiply_seconds", lambda: times[torch.get_num_threads()])
+    assert hardware.measure_cpu(cache) == hardware.MeasuredCpu(threads=1, bf16_faster=True)
+    times[1] = {"fp32": 9.0, "bf16": 9.0}
+    assert hardware.measure_cpu(cache) == hardware.MeasuredCpu(threads=1, bf16_faster=True), "kept"
+    for damaged in ("[broken", "[]", "{}"):
+        cache.write_text(damaged)
+        assert hardware.measure_cpu(cache) == hardware.MeasuredCpu(threads=2, bf16_faster=False), "measured again"
+    assert hardware.measure_cpu(tmp_path / "no folder" / "cpu.json").threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+    times[before] = {"fp32": 1.0, "bf16": 1.0}
+    assert hardware.measure_cpu(cache).threads == before, "as asked for"
+    assert torch.get_num_threads() == before
+
+
+def test_threads_to_try_are_never_more_than_this_process_may_use() -> None:
+    from scripts.utils import workers
+
+    counts = hardware.thread_counts()
+    assert counts == sorted(counts, reverse=True) and 1 <= counts[-1] <= counts[0] <= workers.cores()
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ goes into neither: on either side it would carry what is held out into what is t
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from scripts.utils import near, splits
+from scripts.utils import near
 from scripts.utils.reading import Rows
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def place_rows(
     test_fraction: float,
 ) -> Placement:
     """Place every row, in order. ``signatures`` is uint32 [rows, PERMUTATIONS], or None where near ones do not count."""
+    import numpy as np
+
     placed = Placement(bytearray(len(rows)), removed=mode == "remove")
     near_counts: Counter[int] = Counter()
     search = NearSearch(signatures, threshold) if signatures is not None and mode != "off" else None
@@ -62,7 +65,10 @@ def place_rows(
         ("conversation", rows.groups, _repeated(rows.groups)),
     )
     seen: dict[str, dict[int, dict[int, int]]] = {name: {} for name, _, _ in known}  # key: split: its first row
-    for row in range(len(rows)):
+    apart = _on_their_own(rows, search, [repeated for _, _, repeated in known])
+    codes = _codes_by_hash(rows, val_fraction, test_fraction)
+    placed.codes[:] = codes.tobytes()
+    for row in np.flatnonzero(~apart).tolist():
         alike = search.earlier(row) if search else []
         if alike:
             placed.near_rows += 1
@@ -94,8 +100,7 @@ def place_rows(
         elif linked:
             code = next(iter(linked))
         else:
-            key = rows.groups[row] or rows.questions[row]
-            code = SPLITS.index(splits.split_of(key.to_bytes(8), val_fraction, test_fraction))
+            code = int(codes[row])
         placed.codes[row] = code
         for name, keys, repeated in known:
             if repeated[row]:
@@ -105,6 +110,32 @@ def place_rows(
             search.add(row)
     placed.largest_near = max(near_counts.values(), default=0)
     return placed
+
+
+def _on_their_own(
+    rows: Rows, search: "NearSearch | None", repeated: "Sequence[NDArray[np.bool_]]"
+) -> "NDArray[np.bool_]":
+    """bool [rows]: rows that share nothing with any other, which their hash alone places; most are."""
+    import numpy as np
+
+    apart: NDArray[np.bool_] = np.array(rows.given, dtype=np.int8) == NOT_GIVEN
+    for some in [*(~one for one in repeated), *([search.alone()] if search else [])]:
+        apart &= some
+    return apart
+
+
+def _codes_by_hash(rows: Rows, val_fraction: float, test_fraction: float) -> "NDArray[np.uint8]":
+    """uint8 [rows]: the split that the hash of each row's conversation, or else question, says; as ``splits.split_of``."""
+    import numpy as np
+
+    if not len(rows):
+        return np.zeros(0, dtype=np.uint8)
+    groups, questions = (np.frombuffer(column, dtype=np.uint64) for column in (rows.groups, rows.questions))
+    # a 64-bit number is rounded once on its way to a float, in Python's division as here
+    place = np.where(groups != 0, groups, questions).astype(np.float64) / 2.0**64
+    train, val, test = map(SPLITS.index, ("train", "val", "test"))
+    others = np.where(place < test_fraction + val_fraction, val, train)
+    return np.where(place < test_fraction, test, others).astype(np.uint8)
 
 
 def _repeated(keys: "array[int]") -> "NDArray[np.bool_]":
@@ -123,6 +154,12 @@ class NearSearch:
         self._signatures, self._threshold = signatures, threshold
         self._buckets = near.find_buckets(signatures)
         self._rows: dict[int, array[int]] = {}
+
+    def alone(self) -> "NDArray[np.bool_]":
+        """bool [rows]: rows that no other is like."""
+        import numpy as np
+
+        return np.asarray((self._buckets < 0).all(axis=1))
 
     def earlier(self, row: int) -> list[tuple[int, float]]:
         """Added rows nearly the same as ``row``, the earliest first, each with the estimated Jaccard similarity."""

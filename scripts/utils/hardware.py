@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,8 +48,10 @@ def detect() -> Hardware:
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available():
         return Hardware("mps", platform.processor() or "Apple GPU", memory)
-    name = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return Hardware("cpu", name, memory, cpu_bf16_faster=bf16_is_faster_on_cpu(files.REPO_ROOT / ".cache" / "cpu.json"))
+    measured = measure_cpu(files.REPO_ROOT / ".cache" / "cpu.json")
+    torch.set_num_threads(measured.threads)
+    name = f"{cpu_name()}, {measured.threads} threads"
+    return Hardware("cpu", name, memory, cpu_bf16_faster=measured.bf16_faster)
 
 
 def nvidia(*fields: str) -> str:
@@ -73,22 +75,52 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def bf16_is_faster_on_cpu(cache: Path) -> bool:
-    """Whether this processor multiplies matrices clearly faster in bf16: measured once, kept in the file ``cache``.
+@dataclass(frozen=True)
+class MeasuredCpu:
+    """``threads`` that multiply fastest together; ``bf16_faster``: by a clear margin than fp32."""
+
+    threads: int
+    bf16_faster: bool
+
+
+def measure_cpu(cache: Path) -> MeasuredCpu:
+    """What is fastest on this processor: measured once, kept in the file ``cache``. OMP_NUM_THREADS is taken as it stands.
 
     Measured at every start, a busy moment would give a run another precision than its first part had.
     """
     import torch
 
-    key = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    with contextlib.suppress(OSError, RefusedError, AttributeError):
-        if (known := files.read_json(cache).get(key)) is not None:
-            return bool(known)
-    seconds = _multiply_seconds()
-    faster = seconds["bf16"] < 0.8 * seconds["fp32"]  # a clear win only: fp32 is exact
+    asked = os.environ.get("OMP_NUM_THREADS")
+    candidates = [torch.get_num_threads()] if asked else thread_counts()
+    key = f"{cpu_name()}, {' or '.join(map(str, candidates))} threads, torch {torch.__version__}"
+    with contextlib.suppress(OSError, RefusedError, AttributeError, KeyError, TypeError):
+        known = files.read_json(cache)[key]
+        return MeasuredCpu(int(known["threads"]), bool(known["bf16_faster"]))
+    before, seconds = torch.get_num_threads(), {}
+    for count in candidates:
+        torch.set_num_threads(count)
+        seconds[count] = _multiply_seconds()
+    torch.set_num_threads(before)
+    threads = min(candidates, key=lambda count: seconds[count]["fp32"])
+    # a clear win only: fp32 is exact
+    found = MeasuredCpu(threads, seconds[threads]["bf16"] < 0.8 * seconds[threads]["fp32"])
     with contextlib.suppress(OSError, MachineError):  # a read-only disk must not stop a run
-        files.write_json(cache, {key: faster})
-    return faster
+        files.write_json(cache, {key: asdict(found)})
+    return found
+
+
+def thread_counts() -> list[int]:
+    """Numbers of threads worth a try: one a processor that this process may use, and one a physical core of these."""
+    import psutil
+
+    from scripts.utils import workers  # --help does not wait for multiprocessing
+
+    may_use = workers.cores()
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # a container's share of the machine, cgroup 2
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        may_use = max(1, min(may_use, round(int(quota) / int(period))))
+    logical, physical = psutil.cpu_count() or may_use, psutil.cpu_count(logical=False) or may_use
+    return sorted({may_use, max(1, may_use * physical // logical)}, reverse=True)
 
 
 def _multiply_seconds() -> dict[str, float]:

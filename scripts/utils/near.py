@@ -42,9 +42,9 @@ def text_of(messages: list[dict[str, Any]]) -> str:
 def shingles(text: str) -> list[str]:
     """The overlapping pieces that are compared: three words each, or five characters where words are few or none."""
     words = text.casefold().split()
-    plain = " ".join(words)
-    if len(words) >= _FEW_WORDS and len(plain) <= _LONG_WORDS * len(words):
+    if len(words) >= _FEW_WORDS and sum(map(len, words)) + len(words) - 1 <= _LONG_WORDS * len(words):
         return list(map(" ".join, zip(words, words[1:], words[2:], strict=False)))
+    plain = " ".join(words)
     return [plain[at : at + 5] for at in range(max(len(plain) - 4, 1))]
 
 

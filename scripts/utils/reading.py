@@ -1,11 +1,13 @@
 """What process needs to know of each row, worked out wherever the row is read; and its columns, one number a row.
 
-A worker turns a record into a ``Read`` or a ``Refused``, small and finished; the process that writes keeps only numbers.
+A worker turns a record into a ``Read`` or a ``Refused``, finished, and sends many as a ``Chunk``; the process that writes
+keeps only numbers.
 """
 
 import hashlib
+import itertools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +44,31 @@ class Refused:
     json: bytes
 
 
-def reader(seed: int, near_duplicates: bool) -> Callable[[Record], Read | Refused]:
-    """Return what reads one record; ``seed`` is that of the split by hash."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows on their way from a worker: the usable ones as columns, in order, and the refused ones."""
+
+    refused: list[Refused]
+    digests: list[bytes]
+    json: bytes  # the finished lines, one after another
+    signatures: bytes
+    columns: dict[str, "array[int]"]  # those of Rows that are of the row alone
+
+    def only(self, kept: list[int]) -> "Chunk":
+        """The usable rows with these numbers."""
+        starts = list(itertools.accumulate(self.columns["lengths"], initial=0))
+        width = len(self.signatures) // max(len(self.digests), 1)
+        return Chunk(
+            self.refused,
+            [self.digests[at] for at in kept],
+            b"".join(self.json[starts[at] : starts[at + 1]] for at in kept),
+            b"".join(self.signatures[at * width : (at + 1) * width] for at in kept),
+            {name: array(column.typecode, [column[at] for at in kept]) for name, column in self.columns.items()},
+        )
+
+
+def reader(seed: int, near_duplicates: bool) -> Callable[[list[Record]], Chunk]:
+    """Return what reads some records; ``seed`` is that of the split by hash."""
 
     def read(record: Record) -> Read | Refused:
         raw, content = record.raw, record.content
@@ -51,14 +76,15 @@ def reader(seed: int, near_duplicates: bool) -> Callable[[Record], Read | Refuse
             value = raw.text or raw.value
             return refused(raw.file, raw.line, record.reason, record.detail, value)
         messages, digest = near.messages_of(content), record.digest
-        row = {"id": digest.hex(), **content, "source": {"file": raw.file, "line": raw.line}}
         answer = messages[-1]["content"]
         length = len(answer.strip())
         found = [*(["empty"] if not length else ["short"] if length < _SHORT else []), *suspicious.find(messages)]
+        place = files.json_line({"file": raw.file, "line": raw.line})[:-1]
         return Read(
             line=raw.line,
             digest=digest,
-            json=files.json_line(row),
+            # the content is encoded already: its braces make room for the id before it and the source behind it
+            json=b'{"id": "%s", %s, "source": %s}\n' % (digest.hex().encode(), record.encoded[1:-1], place),
             signature=near.signature(messages) if near_duplicates else b"",
             question=_number(splits.question_hash(content, seed)),
             group=_number(splits.group_hash(record.group, seed)),
@@ -68,7 +94,28 @@ def reader(seed: int, near_duplicates: bool) -> Callable[[Record], Read | Refuse
             marks=sum(map(mark_of, found)),
         )
 
-    return read
+    return lambda part: gather([read(record) for record in part])
+
+
+def gather(rows: Sequence[Read | Refused]) -> Chunk:
+    """Rows as one chunk: a few long values cross to another process several times faster than many small ones."""
+    usable = [row for row in rows if isinstance(row, Read)]
+    return Chunk(
+        refused=[row for row in rows if isinstance(row, Refused)],
+        digests=[row.digest for row in usable],
+        json=b"".join(row.json for row in usable),
+        signatures=b"".join(row.signature for row in usable),
+        columns={
+            "questions": array("Q", [row.question for row in usable]),
+            "groups": array("Q", [row.group for row in usable]),
+            "lengths": array("Q", [len(row.json) for row in usable]),
+            "lines": array("Q", [row.line for row in usable]),
+            "characters": array("Q", [row.characters for row in usable]),
+            "turns": array("I", [row.turns for row in usable]),
+            "answers": array("Q", [row.answer for row in usable]),
+            "marks": array("H", [row.marks for row in usable]),
+        },
+    )
 
 
 def refused(file: str, line: int, reason: str, detail: str, value: Any) -> Refused:
@@ -108,18 +155,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def add(self, row: Read, given: int) -> None:
-        """Append a row of the file named last."""
-        self.questions.append(row.question)
-        self.groups.append(row.group)
-        self.lengths.append(len(row.json))
-        self.lines.append(row.line)
-        self.files.append(len(self.names) - 1)
-        self.given.append(given)
-        self.characters.append(row.characters)
-        self.turns.append(row.turns)
-        self.answers.append(row.answer)
-        self.marks.append(row.marks)
+    def add(self, chunk: Chunk, given: int) -> None:
+        """Append the usable rows of a chunk of the file named last."""
+        for name, column in chunk.columns.items():
+            getattr(self, name).extend(column)
+        count = len(chunk.digests)
+        self.files.extend([len(self.names) - 1] * count)
+        self.given.extend([given] * count)
 
     def place(self, row: int) -> str:
         return f"{self.names[self.files[row]]}:{self.lines[row]}"

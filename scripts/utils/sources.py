@@ -5,6 +5,7 @@ few of the others, and the same config takes the same rows on every machine.
 """
 
 import heapq
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def bound(source: Source) -> bytes | None:
     smallest: list[int] = []  # the negated smallest hashes so far, the largest of them first
     taken: set[int] = set()
     for path in source.paths:
-        for digest in source.open_file(path).mapped(_digest):
+        for digest in itertools.chain.from_iterable(source.open_file(path).mapped(_digests)):
             place = int.from_bytes(digest)
             if not digest or place in taken:
                 continue
@@ -81,5 +82,5 @@ def bound(source: Source) -> bytes | None:
     return None if len(smallest) < source.limit else (-smallest[0]).to_bytes(records.DIGEST_BYTES)
 
 
-def _digest(record: records.Record) -> bytes:
-    return b"" if record.content is None else record.digest
+def _digests(part: list[records.Record]) -> list[bytes]:
+    return [b"" if record.content is None else record.digest for record in part]

@@ -16,6 +16,7 @@ from scripts.utils import unpacked
 _NAMES = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",
 }  # fmt: skip
+_SORTED = json.JSONEncoder(sort_keys=True).encode  # one for all rows: json.dumps makes one each time
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as the hub names the parts of a split: train-00000-of-00002
 
 
@@ -40,7 +41,7 @@ def reading_order(paths: Sequence[Path], given: dict[Path, str]) -> list[Path]:
 def question_hash(content: dict[str, Any], seed: int) -> bytes:
     """16 bytes that depend on ``seed`` and on every message before the last one, the answer; of a text on all of it."""
     asked = content["messages"][:-1] if "messages" in content else content["text"]
-    text = json.dumps(asked, sort_keys=True)
+    text = _SORTED(asked)
     return hashlib.sha256(f"{seed}:{text}".encode()).digest()[:16]
 
 

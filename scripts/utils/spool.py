@@ -7,12 +7,13 @@ import contextlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, data_report, files, grouping, near, reading, records, sources, splits, stages
-from scripts.utils.reading import Refused, Rows
+from scripts.utils.reading import Rows
 from scripts.utils.tally import REJECTED, Tally, reject, reject_bridge
 
 if TYPE_CHECKING:
@@ -41,21 +42,26 @@ def read_all(
             rows.names.append(name)
             own = stages.SPLITS.index(given[path]) if path in given else grouping.NOT_GIVEN
             opened = _open(path, source_of[path], tally)
-            for row in opened.mapped(read):
-                progress.advance()
-                tally.rows[name] += 1
-                if isinstance(row, Refused):
+            for chunk in opened.mapped(read):
+                count = len(chunk.digests)
+                progress.advance(count + len(chunk.refused))
+                tally.rows[name] += count + len(chunk.refused)
+                for row in chunk.refused:
                     reject(name, row, rejected, tally)
-                elif bound and row.digest > bound:
-                    tally.left_out[name] += 1
-                elif (first := seen.setdefault(row.digest, len(rows))) < len(rows):
-                    tally.duplicates[name] += 1
-                    if len(tally.doubles) < data_report.EXAMPLES:
-                        tally.doubles.setdefault(first, f"{name}:{row.line}")
-                else:
-                    spool.write(row.json)
-                    signatures.write(row.signature)
-                    rows.add(row, own)
+                kept: list[int] = []
+                for at, digest in enumerate(chunk.digests):
+                    if bound and digest > bound:
+                        tally.left_out[name] += 1
+                    elif (first := seen.setdefault(digest, number := len(rows) + len(kept))) < number:
+                        tally.duplicates[name] += 1
+                        if len(tally.doubles) < data_report.EXAMPLES:
+                            tally.doubles.setdefault(first, f"{name}:{chunk.columns['lines'][at]}")
+                    else:
+                        kept.append(at)
+                taken = chunk if len(kept) == count else chunk.only(kept)
+                spool.write(taken.json)
+                signatures.write(taken.signatures)
+                rows.add(taken, own)
             progress.close()
             if opened.left_out:
                 columns = ", ".join(f"{column} ({count:,} rows)" for column, count in opened.left_out.items())
@@ -92,18 +98,21 @@ def write_splits(rows: Rows, placed: grouping.Placement, new: Path, tally: Tally
         outputs = [stack.enter_context((new / f"{split}.jsonl").open("wb")) for split in stages.SPLITS]
         rejected = stack.enter_context((new / REJECTED).open("ab"))
         spool = stack.enter_context((new / SPOOL).open("rb"))
-        for row, code in enumerate(placed.codes):
-            line, name = spool.read(rows.lengths[row]), rows.names[rows.files[row]]
-            if code == grouping.NEAR_DUPLICATE:
-                tally.duplicates[name] += 1
+        for row, (code, length) in enumerate(zip(placed.codes, rows.lengths, strict=True)):
+            line = spool.read(length)
+            if code < len(outputs):
+                outputs[code].write(line)
             elif code == grouping.BRIDGE:
                 reason, one, two = placed.bridges[row]
                 detail = " and ".join(f"{stages.SPLITS[placed.codes[at]]}: {rows.place(at)}" for at in (one, two))
                 reject_bridge(json.loads(line), reason, detail, rejected, tally)
-            else:
-                outputs[code].write(line)
-                tally.kept[name] += 1
-                tally.splits[stages.SPLITS[code]] += 1
+    for (file, code), count in Counter(zip(rows.files, placed.codes, strict=True)).items():
+        name = rows.names[file]
+        if code == grouping.NEAR_DUPLICATE:
+            tally.duplicates[name] += count
+        elif code < len(stages.SPLITS):
+            tally.kept[name] += count
+            tally.splits[stages.SPLITS[code]] += count
 
 
 def row_reader(rows: Rows, new: Path) -> Callable[[int], dict[str, Any]]:

@@ -45,5 +45,8 @@ def find(messages: list[dict[str, Any]]) -> list[str]:
 def _repeats(messages: list[dict[str, Any]]) -> bool:
     """Whether the last answer is, or begins with, the user message before it."""
     question = next((message["content"] for message in reversed(messages[:-1]) if message["role"] == "user"), "")
+    first, other = (text.lstrip()[:1].casefold()[:1] for text in (question, messages[-1]["content"]))
+    if first != other:  # most rows: no need to look at all of both
+        return False
     asked, answered = (" ".join(text.casefold().split()) for text in (question, messages[-1]["content"]))
     return bool(asked) and (asked == answered or (len(asked) >= _REPEATED and answered.startswith(asked)))

@@ -18,6 +18,14 @@ _KEPT_KEYS = ("reasoning_content", "name", "tool_call_id")
 _READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "train", "weight", *_KEPT_KEYS}
 
 
+_MAY_FOLLOW = {
+    "system": ("start",),
+    "user": ("start", "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("call", "tool"),
+}
+
+
 class Unusable(Exception):
     """Why a row is rejected. ``reason`` is the same text for all rows with this fault, ``detail`` is this row's."""
 
@@ -68,6 +76,9 @@ def read_turn(turn: Any, left_out: dict[str, int]) -> dict[str, Any]:
         raise Unusable("a turn is not an object", f"it is {kind_of(turn)}")
     spoken = turn.get("role", turn.get("from"))
     role = _ROLES.get(spoken.lower()) if isinstance(spoken, str) else None
+    said = turn.get("content", turn.get("value"))
+    if len(turn) == 2 and role in ("system", "user", "assistant") and isinstance(said, str) and said.strip():
+        return {"role": role, "content": said}  # as nearly every turn is: nothing else to look at
     if role is None:
         raise Unusable("a turn has an unknown role", repr(spoken)[:60])
     if not isinstance(train := turn.get("train"), bool | None):
@@ -77,8 +88,7 @@ def read_turn(turn: Any, left_out: dict[str, int]) -> dict[str, Any]:
     for name in turn.keys() - _READ_KEYS:
         if not is_blank(turn[name]):
             left_out[f"turn.{name}"] = left_out.get(f"turn.{name}", 0) + 1
-    value = turn.get("content", turn.get("value"))
-    calls = turn.get("tool_calls") or turn.get("function_call")
+    value, calls = said, turn.get("tool_calls") or turn.get("function_call")
     message: dict[str, Any]
     if role == "call":
         message = {"role": "assistant", "content": "", "tool_calls": _calls(_parsed(value, "a tool call"))}
@@ -145,13 +155,7 @@ def check_order(messages: list[dict[str, Any]]) -> None:
     before = "start"
     for number, message in enumerate(messages, 1):
         role = message["role"]
-        may_follow = {
-            "system": ("start",),
-            "user": ("start", "system", "assistant"),
-            "assistant": ("user", "tool"),
-            "tool": ("call", "tool"),
-        }[role]
-        if before not in may_follow:
+        if before not in _MAY_FOLLOW[role]:
             said = {"start": "nothing", "call": "a tool call"}.get(before, before)
             raise Unusable("roles in a wrong order", f"turn {number}: {role} after {said}")
         before = "call" if message.get("tool_calls") else role
