@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, comparison, console, files, metrics, side_by_side, stamp
+from scripts.utils import command, comparison, console, files, metrics, run_report, side_by_side, stamp
 from scripts.utils.answer_cache import AnswerCache
 from scripts.utils.config import run_name
 from scripts.utils.evaluation import SIDES, Answers, Side, answering_as, evaluate
@@ -66,7 +66,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         for text in known["warnings"]:
             if text not in rows.warnings:
                 console.warn(text)
-        side_by_side.show(run, folder, known)
+        show(run, folder, known)
         return
     console.note("eval", f"run {run}: {len(rows.chosen):,} of {rows.available:,} {rows.split} rows in {rows.folder}")
     if facts["status"] != "finished":
@@ -104,7 +104,12 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         # last, and with the hash of the samples: the two files are of one evaluation, or eval runs again
         found["samples_sha256"] = files.sha256_file(folder / "samples.jsonl")
         files.write_json(folder / "metrics.json", found)
+    show(run, folder, found)
+
+
+def show(run: str, folder: Path, found: dict[str, Any]) -> None:
     side_by_side.show(run, folder, found)
+    console.result(f"report: {run_report.ensure(run)}")
 
 
 def figures(

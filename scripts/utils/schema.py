@@ -148,11 +148,15 @@ class InferSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
     batch_size: Positive = 16
+    num_samples: Positive = 1
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    json_schema: str | None = None
 
 
 class MergeSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     shard_size: str = "4GB"
+    by_layer: Switch = "auto"
     tolerance: Annotated[float, Field(gt=0)] = 0.05
 
 
