@@ -10,7 +10,8 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
+unexport TASKS PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
+unexport QUANT CONVERTER REPO DRY_RUN PUBLIC
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -29,6 +30,7 @@ export SFT_TORCH = $(value TORCH)
 export SFT_PYTHON = $(value PYTHON)
 export SFT_YES = $(value YES)
 export SFT_KEEP_TB = $(value KEEP_TB)
+export SFT_TASKS = $(value TASKS)
 export SFT_PROMPT = $(value PROMPT)
 export SFT_INPUT = $(value INPUT)
 export SFT_OUTPUT = $(value OUTPUT)
@@ -41,6 +43,11 @@ export SFT_ROWS = $(value ROWS)
 export SFT_GPU_GB = $(value GPU_GB)
 export SFT_ROUNDS = $(value ROUNDS)
 export SFT_PRECISION = $(value PRECISION)
+export SFT_QUANT = $(value QUANT)
+export SFT_CONVERTER = $(value CONVERTER)
+export SFT_REPO = $(value REPO)
+export SFT_DRY_RUN = $(value DRY_RUN)
+export SFT_PUBLIC = $(value PUBLIC)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -67,7 +74,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,liger,bench,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:
@@ -129,7 +136,7 @@ selftest: ready ## are packing, chunks and shared beginnings exact on this model
 	@$(PY) scripts/selftest.py
 
 ##@ Use
-.PHONY: eval eval-quick eval-full report infer infer-batch merge
+.PHONY: eval eval-quick eval-full eval-harness report infer infer-batch merge merge-if-adapter export-gguf export-ollama push
 eval: ready ## base against tuned model -> outputs/<run>/eval, report.html   RUN= SPLIT= LIMIT=
 	@$(PY) scripts/eval.py
 
@@ -138,6 +145,9 @@ eval-quick: ready ## the same on a few rows
 
 eval-full: ready ## the same on every row of the split
 	@$(PY) scripts/eval.py --full
+
+eval-harness: ready ## the model on tasks of lm-evaluation-harness (EXTRAS=harness)   TASKS=own_rows,… RUN= INPUT= WHICH= LIMIT=
+	@$(PY) scripts/harness.py
 
 report: ready ## curves, before/after, best and worst rows as one page -> outputs/<run>/report.html   RUN=
 	@$(PY) scripts/report.py
@@ -151,6 +161,18 @@ infer-batch: ready ## answer every line of INPUT= (JSONL or TXT) into OUTPUT=
 
 merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by its logits
 	@$(PY) scripts/merge.py
+
+merge-if-adapter: ready
+	@$(PY) scripts/merge.py --if-adapter
+
+export-gguf: merge-if-adapter ## one file for llama.cpp -> outputs/<run>/gguf, proven   RUN= QUANT=f16|q8_0|bf16|f32 CONVERTER=
+	@$(PY) scripts/export_gguf.py
+
+export-ollama: merge-if-adapter ## a Modelfile with template, stop tokens and parameters -> outputs/<run>/ollama   RUN= QUANT=
+	@$(PY) scripts/export_ollama.py
+
+push: ready ## to the hub with a model card, private unless PUBLIC=1   REPO= RUN= WHICH=adapter|merged|gguf DRY_RUN=1
+	@$(PY) scripts/push.py
 
 ##@ Develop
 # two files of tests at a time, in the order that tests/conftest.py gives them
@@ -199,9 +221,11 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: STYLE_MODE  replace, prepend, append or only-if-missing
 #: SPLIT    train, val or test                         LIMIT    at most this many rows
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
-#: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
+#: PROMPT, INPUT, OUTPUT, WHICH for infer              TASKS    for eval-harness, with INPUT and WHICH
+#: PORT, KEEP_TB for TensorBoard
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
 #: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here
 #: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
-#: ROUNDS, PRECISION for make bench
+#: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
+#: REPO, PUBLIC, DRY_RUN for push

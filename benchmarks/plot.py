@@ -13,7 +13,7 @@ _STYLE = """
     text { fill: #e6edf3 } .small { fill: #9aa4af } .bar { fill: #58a6d6 } .low { fill: #b198dd } .one { stroke: #9aa4af }
   }
 """
-_LEFT, _WIDTH, _ROW = 270, 380, 24
+_LEFT, _WIDTH, _ROW = 330, 380, 24
 
 
 def ratios_svg(contests: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,6 @@ where it changes the loss.
 """
 
 import contextlib
-import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +17,11 @@ PACKAGE = "liger-kernel"
 
 def version() -> str | None:
     """The installed version, or None."""
+    from importlib import metadata  # --help does not wait for it
+
     try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -73,7 +73,7 @@ def generate(
 
     check_lengths(model, prompts)
     answers: dict[int, Generated] = {}
-    for number, batch in enumerate(_batches(prompts, batch_size, max_new_tokens, context_limit(model))):
+    for number, batch in enumerate(batches(prompts, batch_size, max_new_tokens, context_limit(model))):
         longest = max(len(prompts[row]) for row in batch)
         # any id will do for padding: the attention mask says where it lies
         ids = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -93,7 +93,7 @@ def generate(
     return [answers[row] for row in range(len(prompts))]
 
 
-def _batches(
+def batches(
     prompts: Sequence[list[int]], batch_size: int, max_new_tokens: int, limit: int | None
 ) -> Iterator[list[int]]:
     """Row numbers in batches of like length, the longest first, so that a lack of memory shows at once.

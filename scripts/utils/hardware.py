@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scripts.utils import files, workers
+from scripts.utils import files
 from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def measure_cpu(cache: Path) -> MeasuredCpu:
 def thread_counts() -> list[int]:
     """Numbers of threads worth a try: one a processor that this process may use, and one a physical core of these."""
     import psutil
+
+    from scripts.utils import workers  # --help does not wait for multiprocessing
 
     may_use = workers.cores()
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # a container's share of the machine, cgroup 2

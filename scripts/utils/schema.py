@@ -137,6 +137,9 @@ class EvalSection(Section):
     batch_size: Positive = 16
     max_new_tokens: Positive = 256
     generate: bool = True
+    headline: Literal[
+        "auto", "exact_match", "normalised_match", "f1", "number_match", "json_exact", "json_keys", "rouge_l", "bleu", "chrf", "loss"
+    ] = "auto"  # fmt: skip
 
 
 class InferSection(Section):
@@ -150,6 +153,7 @@ class InferSection(Section):
 class MergeSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     shard_size: str = "4GB"
+    by_layer: Switch = "auto"
     tolerance: Annotated[float, Field(gt=0)] = 0.05
 
 

@@ -6,17 +6,17 @@ Few rows are done in this process, and so are all where processes cannot be fork
 import contextlib
 import ctypes
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from scripts.utils.errors import MachineError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,6 +45,10 @@ def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int | None 
     if count < 2 or len(first) < 2 or sys.platform != "linux":
         yield from map(work, everything)
         return
+    import multiprocessing  # here: --help must not wait for these
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     global _work
     _work = work
     executor = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _prepare, (os.getpid(),))
