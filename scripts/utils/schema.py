@@ -148,6 +148,9 @@ class InferSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
     batch_size: Positive = 16
+    num_samples: Positive = 1
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    json_schema: str | None = None
 
 
 class MergeSection(Section):
