@@ -11,6 +11,7 @@ SHELL := bash
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
 unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
+unexport QUANT CONVERTER REPO DRY_RUN PUBLIC
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -44,6 +45,11 @@ export SFT_ROWS = $(value ROWS)
 export SFT_GPU_GB = $(value GPU_GB)
 export SFT_ROUNDS = $(value ROUNDS)
 export SFT_PRECISION = $(value PRECISION)
+export SFT_QUANT = $(value QUANT)
+export SFT_CONVERTER = $(value CONVERTER)
+export SFT_REPO = $(value REPO)
+export SFT_DRY_RUN = $(value DRY_RUN)
+export SFT_PUBLIC = $(value PUBLIC)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -70,7 +76,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:
@@ -132,7 +138,7 @@ selftest: ready ## are packing, chunks and shared beginnings exact on this model
 	@$(PY) scripts/selftest.py
 
 ##@ Use
-.PHONY: eval eval-quick eval-full eval-harness report infer infer-batch serve merge
+.PHONY: eval eval-quick eval-full eval-harness report infer infer-batch serve merge merge-if-adapter export-gguf export-ollama push
 eval: ready ## base against tuned model -> outputs/<run>/eval, report.html   RUN= SPLIT= LIMIT=
 	@$(PY) scripts/eval.py
 
@@ -161,6 +167,18 @@ serve: ready ## an OpenAI-compatible address for the run, on this machine only  
 
 merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by its logits
 	@$(PY) scripts/merge.py
+
+merge-if-adapter: ready
+	@$(PY) scripts/merge.py --if-adapter
+
+export-gguf: merge-if-adapter ## one file for llama.cpp -> outputs/<run>/gguf, proven   RUN= QUANT=f16|q8_0|bf16|f32 CONVERTER=
+	@$(PY) scripts/export_gguf.py
+
+export-ollama: merge-if-adapter ## a Modelfile with template, stop tokens and parameters -> outputs/<run>/ollama   RUN= QUANT=
+	@$(PY) scripts/export_ollama.py
+
+push: ready ## to the hub with a model card, private unless PUBLIC=1   REPO= RUN= WHICH=adapter|merged|gguf DRY_RUN=1
+	@$(PY) scripts/push.py
 
 ##@ Develop
 # two files of tests at a time, in the order that tests/conftest.py gives them
@@ -216,4 +234,5 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here
 #: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
-#: ROUNDS, PRECISION for make bench
+#: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
+#: REPO, PUBLIC, DRY_RUN for push

@@ -1,7 +1,8 @@
 """merge: the run's adapter into its base model's weights, as one model folder, and the proof that it answers alike.
 
 Writes outputs/<run>/merged. The merged model is loaded afresh from disk and its log-probabilities on real rows are
-compared with those of base plus adapter; beyond merge.tolerance nothing lands and the exit code is 3.
+compared with those of base plus adapter; beyond merge.tolerance nothing lands and the exit code is 3. A model that
+does not fit into the memory is merged tensor by tensor, and each tensor is read back and compared.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, merging, stages, stamp
+from scripts.utils import command, console, files, merge_layers, merge_proof, merging, stamp
 from scripts.utils.config import run_name
 from scripts.utils.errors import RefusedError, UserError
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from scripts.utils.schema import Config
 
 NOTE = "sft-merge.json"
-ROWS = 6  # rows to compare on, and the most tokens of each
-TOKENS = 512
 
 
 def build_parser() -> argparse.ArgumentParser:
     examples = ["make merge RUN=try1", 'make merge RUN=try1 SET="merge.dtype=fp16"', "sft-merge --run try1 --force"]
     parser = command.new_parser("merge", "Adapter and base as one model, proven.", examples, keys=["run", "raw"])
+    parser.add_argument(
+        "--if-adapter", action="store_true", help="end well where the run is fully tuned and there is nothing to merge"
+    )
     command.add_force(parser)
     return parser
 
@@ -38,6 +40,8 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     facts = stamp.require(run)
     adapter = stamp.adapter_folder(run)
     if facts["tuning"]["mode"] == "full":
+        if arguments.if_adapter:
+            return
         raise UserError(
             f"run {run!r} was fully tuned: there is no adapter to merge",
             f"the whole model lies in {adapter.absolute()}",
@@ -71,37 +75,33 @@ def up_to_date(target: Path, wanted: dict[str, Any], tolerance: float) -> dict[s
     whole = all(
         (target / name).is_file() and (target / name).stat().st_size == size for name, size in known["files"].items()
     )
-    within = known["proof"]["mean_difference"] <= tolerance
+    within = known["proof"].get("mean_difference", 0.0) <= tolerance  # tensors that were compared are equal
     return known if known["wanted"] == wanted and whole and within else None
 
 
 def merge(run: str, facts: dict[str, Any], target: Path, wanted: dict[str, Any], config: "Config") -> dict[str, Any]:
     """Merge, save, load again, compare, and only then let the folder land."""
-    source = merging.prepare(run, facts, config.merge.dtype)
+    source = merging.prepare(run, facts, config.merge.dtype, config.merge.by_layer)
     console.note(
         "merge",
         f"{facts['model']['name']} with {stamp.adapter_folder(run)}; saved in {source.dtype} ({source.dtype_why})",
     )
     if source.quantised:
         console.note("merge", "QLoRA: the adapter was trained on NF4 weights, so it is merged into those, dequantised")
-    console.note("merge", f"computing in {source.compute} on {source.device}")
-    texts = proof_rows(facts, source)
+    how = f"one tensor at a time ({source.by_layer_why})" if source.by_layer else "with the whole model in memory"
+    console.note("merge", f"computing in {source.compute} on {source.device}, {how}")
+    texts = merge_proof.rows("merge", facts, source.tokenizer, source.template) if source.proof else []
     merging.check_space(target, source)
     with files.replaced_folder(target, NOTE) as new:
-        model = merging.load_adapter_model(source)
-        reference = merging.reference(model, texts)
-        model = merging.merged(source, model)
-        merging.save(model, source, new, config.merge.shard_size)
-        del model
-        gc.collect()
-        console.note("merge", f"comparing the saved model with the adapter model on {len(texts)} rows")
-        proof = merging.compare(merging.load_merged(new, source), reference)
-        judge(proof, config.merge.tolerance)
+        proof = by_layer(source, new, texts, config) if source.by_layer else in_memory(source, new, texts, config)
+        if source.proof:
+            judge(proof, config.merge.tolerance)
         note = {
             "wanted": wanted,
             "saved_dtype": source.dtype,
             "quantised_base": source.quantised,
             "computed_in": source.compute,
+            "by_layer": source.by_layer,
             "rows": len(texts),
             "proof": proof,
             "tolerance": config.merge.tolerance,
@@ -112,19 +112,32 @@ def merge(run: str, facts: dict[str, Any], target: Path, wanted: dict[str, Any],
     return note
 
 
-def proof_rows(facts: dict[str, Any], source: "merging.Source") -> list[list[int]]:
-    """Token ids of held-out rows that the run rendered; of built-in prompts, said aloud, where those are gone."""
-    from scripts.utils.rendered import to_examples
+def in_memory(source: "merging.Source", new: Path, texts: list[list[int]], config: "Config") -> dict[str, float]:
+    """Merge and save the whole model, load it again and compare."""
+    model = merging.load_adapter_model(source)
+    reference = merge_proof.reference(model, texts)
+    model = merging.merged(source, model)
+    merging.save(model, source, new, config.merge.shard_size)
+    del model
+    return compare(source, new, reference)
 
-    folder = stages.folder("render", facts["data"]["name"])
-    for split in ("test", "val", "train"):
-        path = folder / f"{split}.jsonl"
-        rows = [row for row, _ in zip(files.read_jsonl(path), range(ROWS), strict=False)] if path.is_file() else []
-        if len(rows) >= 4 or (rows and split == "train"):
-            console.note("merge", f"proof on {len(rows)} {split} rows of {folder}")
-            return [example.ids[:TOKENS] for example in to_examples(source.tokenizer, rows)]
-    console.warn(f"the run's rendered rows are gone (looked in {folder.absolute()}): the proof uses built-in prompts")
-    return merging.builtin_prompts(source)
+
+def by_layer(source: "merging.Source", new: Path, texts: list[list[int]], config: "Config") -> dict[str, float]:
+    """Merge tensor by tensor; compared by logits where the model fits into the memory at all, else by tensors."""
+    plan = merge_layers.plan(source)
+    reference = merge_proof.reference(merging.load_adapter_model(source), texts) if source.proof else []
+    gc.collect()
+    merge_layers.write(source, plan, new, config.merge.shard_size)
+    if source.proof:
+        return compare(source, new, reference)
+    console.note("merge", "too large to be run here: every tensor is read back and compared instead of the logits")
+    return merge_layers.verify(source, plan, new)
+
+
+def compare(source: "merging.Source", new: Path, reference: "list[merge_proof.Reference]") -> dict[str, float]:
+    gc.collect()
+    console.note("merge", f"comparing the saved model with the adapter model on {len(reference)} rows")
+    return merge_proof.compare(merging.load_merged(new, source), reference)
 
 
 def judge(proof: dict[str, float], tolerance: float) -> None:
@@ -145,6 +158,27 @@ def judge(proof: dict[str, float], tolerance: float) -> None:
 def report(run: str, target: Path, note: dict[str, Any]) -> None:
     proof = note["proof"]
     size = sum(size for name, size in note["files"].items() if name.endswith(".safetensors"))
+    lines = [
+        ("weights", f"{note['saved_dtype']}, {console.size(size)}"),
+        ("model", str(target)),
+        (
+            "next",
+            f"make infer RUN={run} WHICH=merged, make export-gguf RUN={run}, or load the folder with transformers",
+        ),
+    ]
+    if "tensors" in proof:
+        console.facts(
+            f"run {run} is merged; its tensors were compared, its answers were not",
+            [
+                (
+                    "tensors",
+                    f"all {proof['tensors']:,} read back equal base and adapter to the bit; the adapter changed {proof['changed']:,}",
+                ),
+                ("logits", "not compared: the model does not fit into this machine's memory"),
+                *lines,
+            ],
+        )
+        return
     console.facts(
         f"run {run} is merged, and answers as its adapter does",
         [
@@ -160,9 +194,7 @@ def report(run: str, target: Path, note: dict[str, Any]) -> None:
                 "likeliest token",
                 f"the same at {proof['greedy_agreement']:.2%} of {proof['positions']:,} positions in {note['rows']} rows",
             ),
-            ("weights", f"{note['saved_dtype']}, {console.size(size)}"),
-            ("model", str(target)),
-            ("next", f"make infer RUN={run} WHICH=merged, or load the folder with transformers"),
+            *lines,
         ],
     )
 

@@ -1,6 +1,8 @@
 """What merge promises: a model folder that answers as base plus adapter does, or none at all."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,58 @@ def test_without_rendered_rows_the_proof_uses_builtin_prompts_and_says_so(
 def test_an_adapter_smaller_than_the_rounding_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
     merge_step.judge({"mean_difference": 0.01, "max_difference": 0.1, "adapter_effect": 0.012}, 0.05)
     assert "merge.dtype: fp32" in capsys.readouterr().err
+
+
+def test_the_merged_model_loads_and_answers_where_there_is_no_peft(run: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('peft', 'bitsandbytes', 'scripts'):\n"
+        "    sys.modules[name] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "chat = [{'role': 'user', 'content': sys.argv[2]}]\n"
+        "ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors='pt')\n"
+        "new = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids['input_ids'].shape[1] :]\n"
+        "print(tokenizer.decode(new, skip_special_tokens=True))\n"
+    )
+    assert merge() == 0
+    done = subprocess.run(
+        [sys.executable, "-c", code, MERGED.absolute(), CHATS[0][0]], cwd="/", capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, CHATS[0][1] + "\n"), done.stderr
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert merge() == 0
+    before = files.sha256_file(MERGED / "model.safetensors")
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert merge("--force") == 4
+    assert "are free" in capsys.readouterr().err
+    assert files.sha256_file(MERGED / "model.safetensors") == before
+    assert not list(MERGED.parent.glob(".merged*"))
+
+
+def test_a_folder_that_merge_did_not_write_is_not_replaced(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MERGED.mkdir()
+    (MERGED / "thesis.txt").write_text("years of work")
+    assert merge() == 3
+    assert "no step wrote it" in capsys.readouterr().err
+    assert (MERGED / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_adapter_of_another_base_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = Path(f"adapters/{RUN}/adapter_model.safetensors")
+    save_file({name: value[:, :8].contiguous() for name, value in load_file(weights).items()}, weights)
+    for flags in ((), ("--set", "merge.by_layer=true")):
+        assert merge(*flags) == 3
+        assert "fit this base" in (error := capsys.readouterr().err) or "does not load" in error
+        assert not MERGED.exists()
+
+
+def test_a_run_that_is_not_there_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert merge("--run", "nowhere") == 2
+    assert "there is no run 'nowhere'" in (error := capsys.readouterr().err) and RUN in error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import checkpoints, console, files, stamp
+from scripts.utils import checkpoints, console, files, model_card, model_store, stamp
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, RefusedError
 
@@ -121,9 +121,11 @@ def export(
         _write_generation_config(folder, model, tokenizer, examples)
         shape = folder / "adapter_config.json"
         if shape.is_file():
-            # the name, not the place on this machine, so that the folder says the same wherever it is copied
-            values = json.loads(shape.read_text(encoding="utf-8"))
-            values["base_model_name_or_path"] = stamp.require(run)["model"]["name"]
+            # a name that says the same in every clone, not the place on this machine
+            values, base = json.loads(shape.read_text(encoding="utf-8")), stamp.require(run)["model"]
+            place = model_store.present(base["name"], base["revision"])
+            values["base_model_name_or_path"] = model_card.loadable_base(base["name"], place)
+            values["revision"] = base["revision"]
             files.write_json(shape, values)
         files.write_text(folder / "README.md", _card(run, config, state))
         entries = checkpoints.hashes(folder)
@@ -172,33 +174,17 @@ def _write_generation_config(folder: Path, model: Any, tokenizer: Any, examples:
 
 
 def _card(run: str, config: "Config", state: Any) -> str:
-    facts = stamp.require(run)
     evals = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    tuned = "fully tuned model" if config.tuning.mode == "full" else "LoRA adapter"
-    lines = [
-        "---",
-        f"base_model: {json.dumps(facts['model']['name'])}",
-        f"library_name: {'transformers' if config.tuning.mode == 'full' else 'peft'}",
-        "tags: [sft-play, sft]",
-        "---",
-        "",
-        f"# {run}",
-        "",
-        f"A {tuned} of `{facts['model']['name']}`, trained with SFT-Play.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| steps | {state.global_step} |",
-        f"| backend, precision | {facts['backend']['actual']}, {facts['precision']['actual']} |",
-        f"| tuning | {config.tuning.mode}, learning rate {config.train.learning_rate:g}, {config.train.scheduler} |",
-        f"| data | {facts['data']['splits']['train']} rows, sha256 `{facts['data']['hash'][:16]}` |",
-        f"| best validation loss | {min(evals):.4f} |" if evals else "| best validation loss | no val rows |",
-        f"| chat template | {facts['render']['template']} |",
-        "",
-        f"Try it: `make infer RUN={run}`. The whole stamp: `sft-train --show-stamp {run}`.",
-        "",
-    ]
-    return "\n".join(lines)
+    train = config.train
+    result = {
+        "steps": state.global_step,
+        "best_eval_loss": min(evals) if evals else None,
+        "recipe": f"learning rate {train.learning_rate:g}, {train.scheduler}, batch {train.micro_batch} x {train.gradient_accumulation}, "
+        f"seed {train.seed}",
+    }
+    return model_card.card(
+        run, stamp.require(run), what="full" if config.tuning.mode == "full" else "adapter", result=result
+    )
 
 
 def result_of(trainer: Any, best: str | None) -> dict[str, Any]:

@@ -1,44 +1,37 @@
-"""Adapter into base weights, and how far the result is from the adapter model.
+"""Adapter into base weights, with the whole model in memory; ``merge_layers`` does it tensor by tensor.
 
-Everything is computed in fp32 where the memory is there for it, so that the only rounding is the one to the saved
-precision. A QLoRA adapter was trained against NF4 weights: those are dequantised and merged into. PEFT's own merge
-of a 4-bit layer would quantise the sum again, and the original weights never were what the adapter completes.
+Everything is computed in fp32, so that the only rounding is the one to the saved precision. A QLoRA adapter was
+trained against NF4 weights: those are dequantised and merged into. PEFT's own merge of a 4-bit layer would quantise
+the sum again, and the original weights never were what the adapter completes.
 """
 
 import gc
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import files, stamp
 from scripts.utils.backends import load_causal_lm, torch_dtype
-from scripts.utils.chat import Template, choose_template, load_tokenizer, render_prompt
-from scripts.utils.encoding import encode_prompt
+from scripts.utils.chat import Template, choose_template, load_tokenizer
 from scripts.utils.errors import MachineError, RefusedError, UserError
 from scripts.utils.trained import attach_adapter, base_path, stop_ids
 
 if TYPE_CHECKING:
-    import torch
-
     from scripts.utils.hardware import Precision
+    from scripts.utils.schema import Switch
 
-TOP = 10  # the likeliest tokens of the adapter model at each position are what is compared
-LIKELY = 0.01  # probability from which a token counts for the largest difference
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_BUILTIN = (
-    "What is the capital of France?",
-    "Write one sentence about rain.",
-    "List three colours.",
-    "What is 17 + 25?",
-)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is merged and how: ``dtype`` is the saved precision, ``compute`` the one that is calculated in."""
+    """What is merged and how: ``dtype`` is the saved precision, ``compute`` the one that is calculated in.
+
+    ``by_layer``: one tensor at a time. ``proof`` is the precision in which adapter model and merged model are run to be
+    compared, None where neither fits into the memory.
+    """
 
     run: str
     base: Path
@@ -51,17 +44,9 @@ class Source:
     compute: "Precision"
     device: str
     parameters: int
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The adapter model on one row: ``top`` int64 [tokens, 10] (its likeliest tokens), their log-probabilities with
-    the adapter and without it (both float [tokens, 10])."""
-
-    ids: list[int]
-    top: "torch.Tensor"
-    adapted: "torch.Tensor"
-    plain: "torch.Tensor"
+    by_layer: bool
+    by_layer_why: str
+    proof: "Precision | None"
 
 
 def check_shard_size(text: str) -> None:
@@ -71,7 +56,7 @@ def check_shard_size(text: str) -> None:
         )
 
 
-def prepare(run: str, facts: dict[str, Any], dtype: str) -> Source:
+def prepare(run: str, facts: dict[str, Any], dtype: str, by_layer: "Switch" = "auto") -> Source:
     """Find base and adapter, and choose the precisions. Raises ``RefusedError`` for a base other than the stamp's."""
     adapter = stamp.adapter_folder(run)
     base = base_path(facts)
@@ -80,10 +65,35 @@ def prepare(run: str, facts: dict[str, Any], dtype: str) -> Source:
     why = "as the base model" if dtype == "auto" else "merge.dtype"
     parameters = sum(path.stat().st_size for path in base.glob("*.safetensors")) // BYTES[saved]
     quantised = facts["tuning"]["mode"] == "qlora"
-    device, compute = _where(parameters, chosen, quantised)
+    device, free = _memory(quantised)
+    fits = free > 5 * parameters  # in fp32, with room for a layer's work
+    layers = not fits if by_layer == "auto" else by_layer
+    layers_why = (
+        "merge.by_layer"
+        if by_layer != "auto"
+        else f"in fp32 the model takes {4 * parameters / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    )
+    compute: Precision = "fp32" if fits or layers else chosen
+    proof: Precision | None = (
+        compute if fits or not layers else chosen if free > (BYTES[chosen] + 1) * parameters else None
+    )
     tokenizer = load_tokenizer(adapter)
-    template = choose_template(tokenizer, "auto")
-    return Source(run, base, adapter, tokenizer, template, quantised, chosen, why, compute, device, parameters)
+    return Source(
+        run=run,
+        base=base,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        template=choose_template(tokenizer, "auto"),
+        quantised=quantised,
+        dtype=chosen,
+        dtype_why=why,
+        compute=compute,
+        device=device,
+        parameters=parameters,
+        by_layer=layers,
+        by_layer_why=layers_why,
+        proof=proof,
+    )
 
 
 def _saved_precision(base: Path) -> "Precision":
@@ -109,8 +119,8 @@ def _saved_precision(base: Path) -> "Precision":
     return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}[most]  # type: ignore[return-value]
 
 
-def _where(parameters: int, dtype: "Precision", quantised: bool) -> "tuple[str, Precision]":
-    """fp32 on the CPU where it fits into the free memory with room for a layer's work; else the saved precision.
+def _memory(quantised: bool) -> tuple[str, int]:
+    """The device to merge on and its free bytes.
 
     bitsandbytes' 4-bit layers are made where the GPU is, if there is one, as in training.
     """
@@ -118,9 +128,8 @@ def _where(parameters: int, dtype: "Precision", quantised: bool) -> "tuple[str, 
     import torch
 
     if quantised and torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-        return "cuda", "fp32" if free > 5 * parameters else dtype
-    return "cpu", "fp32" if psutil.virtual_memory().available > 5 * parameters else dtype
+        return "cuda", torch.cuda.mem_get_info()[0]
+    return "cpu", psutil.virtual_memory().available
 
 
 def check_space(target: Path, source: Source) -> None:
@@ -137,7 +146,8 @@ def check_space(target: Path, source: Source) -> None:
 
 def load_adapter_model(source: Source) -> Any:
     """The base as it was in training (4-bit for QLoRA), with its adapter on."""
-    base = load_causal_lm(source.base, precision=source.compute, device=source.device, quantised=source.quantised)
+    precision = source.proof or source.compute
+    base = load_causal_lm(source.base, precision=precision, device=source.device, quantised=source.quantised)
     return attach_adapter(base, source.adapter)
 
 
@@ -155,73 +165,29 @@ def merged(source: Source, model: Any) -> Any:
 
 
 def save(model: Any, source: Source, folder: Path, shard_size: str) -> None:
-    """Weights in the saved precision, tokenizer with the run's template, generation config with the run's end tokens."""
+    """Weights in the saved precision, and all that belongs to them."""
     model.to(torch_dtype(source.dtype))
-    model.config.dtype = torch_dtype(source.dtype)
     for owner in (model, model.config):
         if hasattr(owner, "quantization_config"):
             del owner.quantization_config
-    model.config.use_cache = True
-    model.generation_config.eos_token_id = stop_ids(model, source.tokenizer)
     with files.disk_errors(folder):
         model.save_pretrained(str(folder), max_shard_size=shard_size, safe_serialization=True)
-        source.tokenizer.chat_template = source.template.text
+    save_settings(model, source, folder)
+
+
+def save_settings(model: Any, source: Source, folder: Path) -> None:
+    """Config, generation config with the run's end tokens, tokenizer with the run's template."""
+    model.config.dtype = torch_dtype(source.dtype)
+    model.config.use_cache = True
+    model.config.architectures = [type(model).__name__]
+    model.generation_config.eos_token_id = stop_ids(model, source.tokenizer)
+    source.tokenizer.chat_template = source.template.text
+    with files.disk_errors(folder):
+        model.config.save_pretrained(str(folder))
+        model.generation_config.save_pretrained(str(folder))
         source.tokenizer.save_pretrained(str(folder))
 
 
 def load_merged(folder: Path, source: Source) -> Any:
     """The saved model from disk, computing as the adapter model did."""
-    return load_causal_lm(folder, precision=source.compute, device=source.device)
-
-
-def reference(model: Any, rows: Sequence[list[int]]) -> list[Reference]:
-    """What the adapter model says on each row, and what it says with the adapter off."""
-    found = []
-    for ids in rows:
-        adapted = log_probabilities(model, ids)
-        top = adapted.topk(min(TOP, adapted.shape[-1])).indices
-        with model.disable_adapter():
-            plain = log_probabilities(model, ids).gather(-1, top)
-        found.append(Reference(ids, top, adapted.gather(-1, top), plain))
-    return found
-
-
-def compare(model: Any, references: Sequence[Reference]) -> dict[str, float]:
-    """Absolute differences of log-probabilities (nats) between ``model`` and the adapter model.
-
-    ``mean_difference`` weighs each token by the probability that the adapter model gives it, for that is how often it
-    would be written: rounding to bf16 moves the log-probability of a token of 0.1 % far more than anyone will ever
-    see. ``max_difference`` is over tokens of at least 1 %. ``adapter_effect`` is the weighted mean between adapter
-    model and base, as the measure of what would be lost.
-    """
-    import torch
-
-    weights, differences, effects, agreed = [], [], [], []
-    for known in references:
-        now = log_probabilities(model, known.ids)
-        weights.append(known.adapted.exp())
-        differences.append((now.gather(-1, known.top) - known.adapted).abs())
-        effects.append((known.plain - known.adapted).abs())
-        agreed.append(now.argmax(-1) == known.top[:, 0])
-    weight, difference, effect, same = (torch.cat(parts) for parts in (weights, differences, effects, agreed))
-    return {
-        "mean_difference": float((weight * difference).sum(-1).mean()),
-        "max_difference": float(torch.where(weight >= LIKELY, difference, 0.0).max()),
-        "adapter_effect": float((weight * effect).sum(-1).mean()),
-        "greedy_agreement": float(same.float().mean()),
-        "positions": same.numel(),
-    }
-
-
-def log_probabilities(model: Any, ids: list[int]) -> "torch.Tensor":
-    """float32 [tokens, vocabulary] on the CPU."""
-    import torch
-
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-        return logits.float().log_softmax(-1).cpu()
-
-
-def builtin_prompts(source: Source) -> list[list[int]]:
-    chats = [[{"role": "user", "content": text}] for text in _BUILTIN]
-    return [encode_prompt(source.tokenizer, render_prompt(source.template, source.tokenizer, chat)) for chat in chats]
+    return load_causal_lm(folder, precision=source.proof or source.compute, device=source.device)

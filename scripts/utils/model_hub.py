@@ -135,7 +135,7 @@ def _look_up(name: str, revision: str | None, kind: Kind = "model") -> "ModelInf
     from huggingface_hub import HfApi
 
     try:
-        return _within(
+        return within(
             _LOOK_UP_SECONDS,
             lambda: HfApi().repo_info(  # type: ignore[arg-type,return-value]
                 name, repo_type=kind, revision=revision, files_metadata=True, timeout=_LOOK_UP_SECONDS
@@ -145,7 +145,7 @@ def _look_up(name: str, revision: str | None, kind: Kind = "model") -> "ModelInf
         raise _explained(name, revision, error, kind) from error
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], T]) -> T:
     """Run ``call`` in a thread and give up after ``seconds``: a name look-up has no time limit of its own."""
     results: list[T] = []
     errors: list[BaseException] = []

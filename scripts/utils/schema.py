@@ -156,6 +156,7 @@ class InferSection(Section):
 class MergeSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     shard_size: str = "4GB"
+    by_layer: Switch = "auto"
     tolerance: Annotated[float, Field(gt=0)] = 0.05
 
 
