@@ -52,7 +52,7 @@ def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int | None 
     global _work
     _work = work
     executor = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _prepare, (os.getpid(),))
-    waiting: "deque[Future[R]]" = deque()
+    waiting: deque[Future[R]] = deque()
     try:
         for chunk in everything:
             with _no_signals():
