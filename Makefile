@@ -10,7 +10,7 @@ SHELL := bash
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport PROMPT INPUT OUTPUT WHICH CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
+unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
 unexport QUANT CONVERTER REPO DRY_RUN PUBLIC
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
@@ -30,10 +30,13 @@ export SFT_TORCH = $(value TORCH)
 export SFT_PYTHON = $(value PYTHON)
 export SFT_YES = $(value YES)
 export SFT_KEEP_TB = $(value KEEP_TB)
+export SFT_TASKS = $(value TASKS)
 export SFT_PROMPT = $(value PROMPT)
 export SFT_INPUT = $(value INPUT)
 export SFT_OUTPUT = $(value OUTPUT)
 export SFT_WHICH = $(value WHICH)
+export SFT_LISTEN = $(value LISTEN)
+export SFT_ENGINE = $(value ENGINE)
 export SFT_CLEAR = $(value CLEAR)
 export SFT_KILLS = $(value KILLS)
 export SFT_ROW = $(value ROW)
@@ -73,7 +76,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,gguf,liger,bench,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:
@@ -135,8 +138,8 @@ selftest: ready ## are packing, chunks and shared beginnings exact on this model
 	@$(PY) scripts/selftest.py
 
 ##@ Use
-.PHONY: eval eval-quick eval-full infer infer-batch merge merge-if-adapter export-gguf export-ollama push
-eval: ready ## base against tuned model -> outputs/<run>/eval   RUN= SPLIT= LIMIT=
+.PHONY: eval eval-quick eval-full eval-harness report infer infer-batch serve merge merge-if-adapter export-gguf export-ollama push
+eval: ready ## base against tuned model -> outputs/<run>/eval, report.html   RUN= SPLIT= LIMIT=
 	@$(PY) scripts/eval.py
 
 eval-quick: ready ## the same on a few rows
@@ -145,12 +148,22 @@ eval-quick: ready ## the same on a few rows
 eval-full: ready ## the same on every row of the split
 	@$(PY) scripts/eval.py --full
 
+eval-harness: ready ## the model on tasks of lm-evaluation-harness (EXTRAS=harness)   TASKS=own_rows,… RUN= INPUT= WHICH= LIMIT=
+	@$(PY) scripts/harness.py
+
+report: ready ## curves, before/after, best and worst rows as one page -> outputs/<run>/report.html   RUN=
+	@$(PY) scripts/report.py
+
 infer: ready ## chat with the tuned model, or answer one PROMPT=   RUN= WHICH=tuned|base|merged
 	@$(PY) scripts/infer.py $${SFT_PROMPT:+--prompt="$$SFT_PROMPT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}
 
 infer-batch: ready ## answer every line of INPUT= (JSONL or TXT) into OUTPUT=
 	@$(PY) scripts/infer.py --input="$$SFT_INPUT" $${SFT_OUTPUT:+--output="$$SFT_OUTPUT"} \
 	    $${SFT_LIMIT:+--limit="$$SFT_LIMIT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}
+
+serve: ready ## an OpenAI-compatible address for the run, on this machine only   RUN= PORT=8000 WHICH=tuned|merged ENGINE= LISTEN=
+	@$(PY) scripts/serve.py $${SFT_WHICH:+--which="$$SFT_WHICH"} $${SFT_ENGINE:+--engine="$$SFT_ENGINE"} \
+	    $${SFT_LISTEN:+--listen="$$SFT_LISTEN"}
 
 merge: ready ## adapter into the base weights -> outputs/<run>/merged, proven by its logits
 	@$(PY) scripts/merge.py
@@ -214,7 +227,9 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: STYLE_MODE  replace, prepend, append or only-if-missing
 #: SPLIT    train, val or test                         LIMIT    at most this many rows
 #: RESUME   auto, never or must                        FORCE    1: run a step again that is up to date
-#: PROMPT, INPUT, OUTPUT, WHICH for infer              PORT, KEEP_TB for TensorBoard
+#: PROMPT, INPUT, OUTPUT, WHICH for infer              TASKS    for eval-harness, with INPUT and WHICH
+#: PORT, KEEP_TB for TensorBoard
+#: PORT, WHICH, ENGINE (transformers or vllm), LISTEN (an address, with SERVE_API_KEY set) for serve
 #: EXTRAS, TORCH, PYTHON for install                   YES      1: ask nothing
 #: ROW      number, start of an id, or random          IDS      1: list the tokens with their ids
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here

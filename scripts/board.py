@@ -5,7 +5,6 @@ It listens on this machine only, shows one folder a run, and is stopped by proce
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -19,57 +18,26 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files
+from scripts.utils import command, console, files, servers
 from scripts.utils.errors import MachineError, UserError
 
-HOST = "127.0.0.1"
+HOST = servers.LOOPBACK
 FOLDER = Path("outputs")
 NOTE = FOLDER / ".tensorboard.json"  # process id, start time and port of the one this project started
 LOG = FOLDER / ".tensorboard.log"
 DEFAULT_PORT = 6006
 PORTS_TRIED = 100
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def parse_port(text: str | None) -> int:
-    """The port asked for, or 6006; anything but 1-65535 is a ``UserError``."""
-    if not text:
-        return DEFAULT_PORT
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise UserError(f"PORT={text}: not a port", "give a number from 1 to 65535, or leave PORT out")
-    return int(text)
 
 
 def free_port(wanted: int) -> int:
     """The first port from ``wanted`` on that nothing listens on; says so when it is another one."""
     last = min(wanted + PORTS_TRIED, 65536)
     for port in range(wanted, last):
-        if _is_free(port):
+        if servers.is_free(port):
             if port != wanted:
                 console.note("tensorboard", f"port {wanted} is taken, using {port}")
             return port
     raise UserError(f"no free port from {wanted} to {last - 1}", "name another with PORT=")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        if probe.connect_ex((HOST, port)) == 0:
-            return False
-    with socket.socket() as probe:
-        # as servers do: a connection that has just ended does not keep the port
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def _die_with_parent() -> None:
-    """In a new child on Linux: get SIGTERM when the parent dies, even by SIGKILL (prctl(2)). Elsewhere: nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launch(port: int, *, keep: bool) -> subprocess.Popen[bytes]:
@@ -85,7 +53,7 @@ def launch(port: int, *, keep: bool) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the training run
-            preexec_fn=None if keep else _die_with_parent,  # noqa: PLW1509 - this process has no threads
+            preexec_fn=None if keep else servers.die_with_parent,  # noqa: PLW1509 - this process has no threads
         )
     if keep:
         started = psutil.Process(process.pid).create_time()
@@ -131,7 +99,7 @@ def wait_until_up(process: subprocess.Popen[bytes], port: int, seconds: float = 
 
 
 def start(port_text: str | None) -> None:
-    wanted = parse_port(port_text)
+    wanted = servers.parse_port(port_text, DEFAULT_PORT)
     if note := running():
         console.result(f"TensorBoard is already running: {address(note['port'])}  (make tb-stop ends it)")
         return
@@ -170,7 +138,7 @@ def end(process: Any) -> None:
 
 def beside(words: Sequence[str], port_text: str | None, *, keep: bool) -> int:
     """Run ``words`` with TensorBoard beside it and return its exit code; signals are handed on to it, once each."""
-    wanted = parse_port(port_text)
+    wanted = servers.parse_port(port_text, DEFAULT_PORT)
     board: subprocess.Popen[bytes] | None = None
     if note := running():
         console.note("tensorboard", f"already running: {address(note['port'])}")
@@ -195,7 +163,7 @@ def _run(words: Sequence[str], board: subprocess.Popen[bytes] | None) -> int:
         signal.signal(handled, lambda caught, frame: arrived.append(caught))
     try:
         # a session of its own: a Ctrl-C on the terminal reaches it through this process only, so never twice
-        child = subprocess.Popen(words, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: PLW1509
+        child = subprocess.Popen(words, start_new_session=True, preexec_fn=servers.die_with_parent)  # noqa: PLW1509
     except OSError as error:
         raise UserError(f"{words[0]}: cannot be run ({error.strerror})", "check the command after --") from error
     while True:

@@ -5,20 +5,17 @@ the same way to token ids as in training.
 """
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import chat_session, command, console, files, prompts, stamp
-from scripts.utils.chat import render_prompt
+from scripts.utils import answering, chat_session, command, console, json_schema, prompts, speaking, stamp
 from scripts.utils.config import run_name
-from scripts.utils.encoding import encode_prompt
 from scripts.utils.errors import UserError
 from scripts.utils.trained import Trained, load_base_model, load_trained
 
@@ -32,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
         "sft-infer --run try1 --prompt 'Where is my parcel?'",
         "sft-infer --run try1 --prompt - < letter.txt",
         "sft-infer --run try1 --input prompts.jsonl --output answers.jsonl",
+        "sft-infer --run try1 --input prompts.jsonl --num-samples 4 --temperature 0.8 --seed 1",
+        "sft-infer --run try1 --prompt 'Where is my parcel?' --json-schema answer.schema.json",
         "sft-infer --model embedded/smollm2-135m-instruct --temperature 0.7",
     ]
     parser = command.new_parser("infer", "Chat, one prompt, or a file of prompts.", examples, keys=["run", "raw"])
@@ -44,8 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     # not --limit's usual meaning of eval.limit, so a name of its own inside
     parser.add_argument("--limit", dest="prompts", type=int, metavar="N", help="only the first N prompts of --input")
     parser.add_argument("--system", metavar="TEXT", help="system message ('' for none; default: the one trained with)")
-    for name, kind in (("temperature", float), ("top-p", float), ("max-new-tokens", int), ("seed", int)):
+    parser.add_argument("--chat", action="store_true", help="chat although stdin is no terminal: a message a line")
+    numbers = {"temperature": float, "top-p": float, "max-new-tokens": int, "seed": int, "num-samples": int}
+    for name, kind in numbers.items():
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"instead of infer.{name.replace('-', '_')}")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="text that ends an answer; may be given again")
+    parser.add_argument("--json-schema", metavar="FILE", help="every answer is JSON of this shape (EXTRAS=json)")
     return parser
 
 
@@ -53,37 +56,51 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     check_choice(arguments)
     settings = settings_of(arguments, config)
     run = "" if arguments.plain_model else run_name(config, arguments.config)
+    schema = json_schema.read(Path(settings.json_schema)) if settings.json_schema else None
     if arguments.input is not None:
+        answering.check_samples(settings)
         requests = read_requests(arguments)
-        output = output_path(arguments, run)
-        trained = load(arguments, run)
-        answer_file(
-            trained, requests, output, settings, choose_system(arguments, trained), arguments.system is not None
-        )
+        output = answering.output_path(arguments.output, run, Path(arguments.input))
     elif arguments.prompt is not None:
-        prompt = read_prompt(arguments.prompt)
-        trained = load(arguments, run)
-        messages = prompts.with_system([{"role": "user", "content": prompt}], choose_system(arguments, trained))
-        chat_session.answer(trained, messages, settings, seed=settings.seed)
-    elif sys.stdin.isatty():
-        trained = load(arguments, run)
-        chat_session.chat(trained, settings, choose_system(arguments, trained))
-    else:
+        prompt = prompts.read_one(arguments.prompt)
+    elif not arguments.chat and not sys.stdin.isatty():
         raise UserError(
             "there is no terminal to chat on",
-            "ask once with --prompt TEXT (or --prompt - for stdin), or give --input FILE",
+            "ask once with --prompt TEXT (or --prompt - for stdin), give --input FILE, or chat all the same: --chat",
         )
+    trained = load(arguments, run, settings.stop)
+    system = choose_system(arguments, trained)
+    schema = schema.ready(trained.tokenizer, trained.stop_ids) if schema else None
+    if arguments.input is not None:
+        decided = answering.deciding(settings, trained.identity, schema)
+        tasks = answering.tasks_of(trained, requests, settings, decided, system, arguments.system is not None)
+        answering.answer_all(trained, tasks, output, settings, decided, schema)
+    elif arguments.prompt is not None:
+        messages = prompts.with_system([{"role": "user", "content": prompt}], system)
+        speaking.answer(trained, speaking.ids_of(trained, messages), settings, seed=settings.seed, schema=schema)
+    else:
+        chat_session.chat(trained, settings, system, schema)
 
 
 def check_choice(arguments: argparse.Namespace) -> None:
-    """Raises ``UserError`` where two prompts or two models are asked for.
+    """Raises ``UserError`` where flags contradict one another, or one is given that would do nothing.
 
     MODEL from make is passed over: it names what to train, and must not stand in for the run that was trained on it.
     """
-    if arguments.prompt is not None and arguments.input is not None:
-        raise UserError("--prompt and --input are both given", "give one of them")
+    ways = [f"--{name}" for name in ("prompt", "input") if getattr(arguments, name) is not None]
+    if len(ways := ways + ["--chat"] * arguments.chat) > 1:
+        raise UserError(f"{' and '.join(ways)} are both given", "give one of them")
     if arguments.plain_model and (arguments.run or arguments.which):
         raise UserError("--model is a model without a run, but --run or --which is given too", "give one of them")
+    for_files = {
+        "--output": arguments.output,
+        "--whole-file": arguments.whole_file,
+        "--limit": arguments.prompts,
+        "--num-samples": arguments.num_samples,
+    }
+    given = [name for name, value in for_files.items() if value not in (None, False)]
+    if arguments.input is None and given:
+        raise UserError(f"{' and '.join(given)} would do nothing without --input", "give --input FILE, or leave it out")
 
 
 def settings_of(arguments: argparse.Namespace, config: "Config") -> "InferSection":
@@ -92,7 +109,7 @@ def settings_of(arguments: argparse.Namespace, config: "Config") -> "InferSectio
 
     from scripts.utils.schema import InferSection
 
-    names = ("temperature", "top_p", "max_new_tokens", "seed")
+    names = ("temperature", "top_p", "max_new_tokens", "seed", "num_samples", "stop", "json_schema")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     try:
         return InferSection.model_validate({**config.infer.model_dump(), **given})
@@ -101,7 +118,7 @@ def settings_of(arguments: argparse.Namespace, config: "Config") -> "InferSectio
         raise UserError("\n       ".join(lines), "see configs/base.yaml, section infer") from error
 
 
-def load(arguments: argparse.Namespace, run: str) -> Trained:
+def load(arguments: argparse.Namespace, run: str, stop: Sequence[str]) -> Trained:
     """The model that was asked for, never another one, and a line that says which it is."""
     if arguments.plain_model:
         trained = load_base_model(arguments.plain_model)
@@ -116,7 +133,9 @@ def load(arguments: argparse.Namespace, run: str) -> Trained:
             "base": f"run {run}: its base model {base}, untuned",
         }[trained.kind]
     console.note("infer", f"{what}; {trained.precision} on {trained.device}")
-    return trained
+    # a control token is never a part of an answer's text, so it has to be stopped at by its id
+    tokens = trained.tokenizer.get_added_vocab()
+    return replace(trained, stop_ids=sorted({*trained.stop_ids, *(tokens[text] for text in stop if text in tokens)}))
 
 
 def choose_system(arguments: argparse.Namespace, trained: Trained) -> str | None:
@@ -135,25 +154,6 @@ def console_line(text: str, width: int = 100) -> str:
     return line if len(line) <= width else f"{line[:width]}…"
 
 
-def read_prompt(given: str) -> str:
-    """The one prompt, line breaks and all; raises ``UserError`` when it is empty or not UTF-8."""
-    text = given
-    if given == "-":
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"the prompt on stdin is not UTF-8 ({error})", "convert it first") from error
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            "the prompt is not valid UTF-8", "check the terminal's encoding, or use --input FILE"
-        ) from error
-    if not text.strip():
-        raise UserError("the prompt is empty", "write something to answer")
-    return text
-
-
 def read_requests(arguments: argparse.Namespace) -> list[prompts.Request]:
     if not arguments.input:
         raise UserError("no input file is named", "make infer-batch INPUT=prompts.jsonl, or sft-infer --input FILE")
@@ -165,74 +165,6 @@ def read_requests(arguments: argparse.Namespace) -> list[prompts.Request]:
             "infer", f"{answered:,} rows end with an answer: it is kept as reference, and not shown to the model"
         )
     return requests
-
-
-def output_path(arguments: argparse.Namespace, run: str) -> Path:
-    """Where the answers go; raises ``UserError`` before any work where that cannot be."""
-    if not arguments.output and not run:
-        raise UserError("without a run there is no folder for the answers", "say where: --output FILE")
-    path = Path(arguments.output) if arguments.output else stamp.run_folder(run) / "predictions.jsonl"
-    if path.is_dir():
-        raise UserError(f"{path.absolute()} is a folder", "give a file with --output")
-    if path.exists() and path.samefile(arguments.input):
-        raise UserError(f"{path.absolute()} is the input file itself", "give another --output")
-    if arguments.output:
-        with files.disk_errors(path), contextlib.suppress(FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path.parent.absolute()}: not a folder that can be written to", "give another --output")
-    return path
-
-
-def answer_file(
-    trained: Trained,
-    requests: list[prompts.Request],
-    output: Path,
-    settings: "InferSection",
-    system: str | None,
-    replace_system: bool,
-) -> None:
-    """Answer every request and write them in the order of the input, one JSON line each."""
-    from scripts.utils.generation import check_lengths, generate
-
-    ids: list[list[int]] = []
-    chats: list[list[prompts.Message]] = []
-    for request in requests:
-        chats.append(prompts.with_system(request.messages, system, replace=replace_system))
-        ids.append(
-            encode_prompt(
-                trained.tokenizer, render_prompt(trained.template, trained.tokenizer, chats[-1], request.tools)
-            )
-        )
-    check_lengths(trained.model, ids, [f"prompt {request.id} (line {request.line})" for request in requests])
-    progress = console.Progress("infer", "prompts", len(requests))
-    options: dict[str, Any] = settings.model_dump(
-        include={"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
-    )
-    found = generate(
-        trained.model, trained.tokenizer, ids, stop_ids=trained.stop_ids, on_done=progress.advance, **options
-    )
-    progress.close()
-    files.write_jsonl(
-        output,
-        (
-            {
-                "id": request.id,
-                "line": request.line,
-                "messages": chat,
-                "answer": answer.text,
-                "finished": answer.finished,
-                "tokens": len(answer.ids),
-            }
-            | ({"reference": request.reference} if request.reference is not None else {})
-            for request, chat, answer in zip(requests, chats, found, strict=True)
-        ),
-    )
-    if cut := sum(not answer.finished for answer in found):
-        console.warn(
-            f"{cut:,} of {len(found):,} answers were cut at {settings.max_new_tokens} tokens (--max-new-tokens)"
-        )
-    console.result(f"{len(found):,} answers: {output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

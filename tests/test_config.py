@@ -226,6 +226,7 @@ def test_every_config_key_is_read_by_a_script() -> None:
     read: set[str] = set()
     words: set[str] = set()
     own = {"schema.py", "config.py"}
+    takes_infer = {"infer.py", "answering.py", "speaking.py", "chat_session.py", "served.py"}
     for path in [p for p in (REPO_ROOT / "scripts").rglob("*.py") if p.name not in own] + [
         REPO_ROOT / "scripts/utils/config.py"
     ]:
@@ -240,15 +241,12 @@ def test_every_config_key_is_read_by_a_script() -> None:
                     else ""
                 )
                 # infer.py takes its whole section over, changed by its flags, as `settings`
-                owner = "infer" if owner == "settings" and path.name in ("infer.py", "chat_session.py") else owner
+                owner = "infer" if owner == "settings" and path.name in takes_infer else owner
                 read.add(f"{owner}.{node.attr}")
             if path.name == "train.py" and isinstance(node, ast.Constant) and isinstance(node.value, str):
                 words.update(node.value.split())
     keys = [f"{s}.{k}" for s, f in schema.Config.model_fields.items() for k in f.annotation.model_fields]  # type: ignore[union-attr]
-    # read by name: precision in hardware.choose_precision, a section's part in infer.py
-    by_name = {"train.bf16", "train.fp16"}
-    if '"batch_size"' in (REPO_ROOT / "scripts/infer.py").read_text():
-        by_name.add("infer.batch_size")
+    by_name = {"train.bf16", "train.fp16"}  # in hardware.choose_precision
     assert [key for key in keys if key not in read and key not in by_name] == []
 
 

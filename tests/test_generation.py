@@ -3,11 +3,14 @@
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from scripts.utils import generation
+from scripts.utils import generation, json_schema, sampling, streaming
 from scripts.utils.errors import UserError
 from tests.tiny_models import smollm2_tokenizer, teach, tiny_llama
 
@@ -158,13 +161,117 @@ def test_adapter_models_answer_without_the_base_models_own_settings() -> None:
     assert base.generation_config.repetition_penalty == 9.0
 
 
+# --- drawing
+
+
+def test_what_a_row_draws_depends_on_its_own_seed_and_on_no_neighbour() -> None:
+    model, prompts = tiny_llama(seed=3), [prompt_ids(text) for text in ("Anything", "Hi", "A longer prompt than those")]
+    seeds = [11, 22, 33]
+    settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 12, "stop_ids": []}
+    together = answer(model, prompts, seeds=seeds, batch_size=3, **settings)
+    alone = [answer(model, [p], seeds=[s], **settings)[0] for p, s in zip(prompts, seeds, strict=True)]
+    back = answer(model, prompts[::-1], seeds=seeds[::-1], batch_size=2, **settings)[::-1]
+    assert [g.ids for g in together] == [g.ids for g in alone] == [g.ids for g in back]
+    assert answer(model, prompts[:1], seeds=[12], **settings)[0].ids != together[0].ids
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.75])
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_p: float) -> None:
+    import torch
+
+    rows, chances = 20_000, [0.4, 0.3, 0.0, 0.2, 0.1]
+    temperature = 2.0
+    scores = (torch.tensor(chances).log() * temperature).repeat(rows, 1)
+    draw = sampling.Draw(temperature, top_p, range(rows))
+    found = torch.bincount(draw(torch.zeros((rows, 1), dtype=torch.long), scores).argmax(-1), minlength=5) / rows
+    expected = torch.tensor(chances if top_p == 1 else [4 / 9, 3 / 9, 0.0, 2 / 9, 0.0])
+    assert (found - expected).abs().max() < 0.015
+    assert found[2] == 0
+
+
+def test_a_draw_leaves_exactly_one_token_whatever_is_forbidden() -> None:
+    import torch
+
+    scores = torch.full((3, 1000), float("-inf"))
+    scores[0, 999], scores[1, 0], scores[2, 500:] = 0.0, -1e4, 0.0
+    for seed in range(50):
+        left = sampling.Draw(0.7, 0.9, [seed] * 3)(torch.zeros((3, 1), dtype=torch.long), scores)
+        assert (left == 0).sum(-1).tolist() == [1, 1, 1]
+        assert left[0].argmax() == 999 and left[1].argmax() == 0 and left[2].argmax() >= 500
+
+
+# --- stop texts
+
+TEXT = st.text(alphabet="ab\n🙂", max_size=20)
+STOPS = st.lists(st.text(alphabet="ab\n🙂", min_size=1, max_size=4), max_size=3)
+
+
+@given(TEXT, STOPS)
+def test_a_text_is_cut_at_the_first_stop(text: str, stops: list[str]) -> None:
+    kept, stopped = sampling.cut_at(text, stops)
+    assert text.startswith(kept) and not any(stop in kept for stop in stops)
+    assert stopped == any(stop in text for stop in stops) == any(text[len(kept) :].startswith(s) for s in stops)
+
+
+@given(TEXT, TEXT, STOPS)
+def test_what_is_not_held_back_can_never_become_part_of_a_stop(text: str, more: str, stops: list[str]) -> None:
+    text = sampling.cut_at(text, stops)[0]
+    shown = text[: len(text) - sampling.held_back(text, stops)]
+    assert sampling.cut_at(text + more, stops)[0].startswith(shown)
+
+
+@pytest.mark.parametrize("stop", [" four", "two\nth", "e", "\n", "три", "🙂", "вет 🙂 你"])
+def test_an_answer_ends_before_a_stop_text_however_its_tokens_lie(taught: Any, stop: str) -> None:
+    """In batches as in pieces; a character of several tokens is no exception."""
+    found = answer(taught, [prompt_ids(q) for q in ANSWERS], stop=["no such text", stop])
+    assert [g.text for g in found] == [text.partition(stop)[0] for text in ANSWERS.values()]
+    assert all(g.finished for g in found)
+    for question, text in ANSWERS.items():
+        pieces, ends = streamed(taught, prompt_ids(question), stop=["no such text", stop])
+        assert "".join(pieces) == text.partition(stop)[0] and ends == [True]
+
+
+def test_a_stop_text_in_the_prompt_or_in_the_padding_stops_nothing() -> None:
+    """Token 0 fills up a row that has ended; here it is a letter like any other."""
+    model = tiny_llama(seed=3)
+    prompts = [prompt_ids("stop right here"), prompt_ids("Hi")]
+    plain = answer(model, prompts, max_new_tokens=6, stop_ids=[])
+    first = smollm2_tokenizer().decode(plain[1].ids[:2])
+    stopped = answer(model, prompts, max_new_tokens=6, stop_ids=[], stop=["stop right", first])
+    assert stopped[0].ids == plain[0].ids and not stopped[0].finished
+    assert len(stopped[1].ids) == 2 and stopped[1].text == "" and stopped[1].finished
+
+
+# --- JSON
+
+
+def schema(text: str, tmp_path: Path) -> json_schema.Schema:
+    (tmp_path / "s.json").write_text(text)
+    return json_schema.read(tmp_path / "s.json").ready(smollm2_tokenizer(), [2])
+
+
+def test_a_schema_holds_in_batches_and_pieces_alike(tmp_path: Path) -> None:
+    import json
+
+    held = schema('{"type": "array", "items": {"enum": ["a", 1, null]}, "minItems": 2, "maxItems": 4}', tmp_path)
+    model, prompts = tiny_llama(seed=3), [prompt_ids(text) for text in ("Anything", "Hi", "List three of them")]
+    settings: dict[str, Any] = {"temperature": 3.0, "max_new_tokens": 40, "schema": held, "stop_ids": [2]}
+    found = answer(model, prompts, seeds=[1, 2, 3], **settings)
+    for given_answer in found:
+        assert given_answer.finished
+        values = json.loads(given_answer.text)
+        assert 2 <= len(values) <= 4 and all(value in ("a", 1, None) for value in values)
+    pieces, ends = streamed(model, prompts[1], seed=2, **settings)
+    assert "".join(pieces) == found[1].text and ends == [True]
+
+
 # --- streaming
 
 
 def streamed(model: Any, prompt: list[int], **changes: Any) -> tuple[list[str], list[bool]]:
     ends: list[bool] = []
     settings = {**GREEDY, "stop_ids": [2], "on_end": ends.append, **changes}
-    return list(generation.stream(model, smollm2_tokenizer(), prompt, **settings)), ends
+    return list(streaming.stream(model, smollm2_tokenizer(), prompt, **settings)), ends
 
 
 @pytest.mark.parametrize("question", ANSWERS)
@@ -197,7 +304,7 @@ def test_closing_a_stream_stops_the_model() -> None:
 
     model.register_forward_hook(count)
     settings = {**GREEDY, "max_new_tokens": 200}
-    with closing(generation.stream(model, smollm2_tokenizer(), prompt_ids("Hi"), **settings, stop_ids=[])) as pieces:
+    with closing(streaming.stream(model, smollm2_tokenizer(), prompt_ids("Hi"), **settings, stop_ids=[])) as pieces:
         next(pieces)
     assert threading.active_count() == running
     assert steps[0] < 150
@@ -208,3 +315,15 @@ def test_a_fault_while_streaming_reaches_the_reader(monkeypatch: pytest.MonkeyPa
     model.lm_head = None
     with pytest.raises(TypeError):
         streamed(model, prompt_ids("Hi"))
+
+
+def test_an_event_stops_a_stream_and_says_that_it_is_not_whole() -> None:
+    model, stopped = tiny_llama(seed=3), threading.Event()
+    model.register_forward_hook(lambda *_: time.sleep(0.01))
+    pieces = []
+    ends: list[bool] = []
+    settings = {**GREEDY, "max_new_tokens": 200, "stop_ids": [], "on_end": ends.append, "stopped": stopped}
+    for piece in streaming.stream(model, smollm2_tokenizer(), prompt_ids("Hi"), **settings):
+        pieces.append(piece)
+        stopped.set()
+    assert len(pieces) < 20 and ends == [False]

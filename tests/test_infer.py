@@ -2,29 +2,21 @@
 
 import io
 import json
-import os
-import pty
-import select
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import infer
-from scripts.utils import chat_session, encoding, files, prompts, stages, trained
+from scripts.utils import encoding, files, prompts, stages, trained
 from scripts.utils.errors import UserError
-from scripts.utils.schema import InferSection
 from tests.tiny_models import CHATS, RUN, SYSTEM, enter_run
 
 pytestmark = pytest.mark.slow  # each test runs a whole step of its own
 
 QUESTION, ANSWER = CHATS[2]  # a question of two lines
-REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -95,6 +87,23 @@ def test_temperature_zero_from_flag_beats_the_configs(run: Path, capsys: pytest.
     assert capsys.readouterr().out != ANSWER + "\n"
 
 
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("--stop", "no such", "--stop", '", "par', "--prompt", QUESTION) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ANSWER.partition('", "par')[0] + "\n"
+    assert "cut" not in captured.err
+
+
+def test_a_control_token_can_be_stopped_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It never stands in the text of an answer, so it is found by its id."""
+    trained_run = trained.load_trained(RUN)
+    assert trained_run.stop_ids == [2]
+    from scripts.infer import build_parser, load
+
+    arguments = build_parser().parse_args(["--config", "c.yaml"])
+    assert load(arguments, RUN, ["<|im_start|>", "plain"]).stop_ids == [1, 2]
+
+
 def test_an_answer_cut_at_the_limit_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("--max-new-tokens", "3", "--prompt", QUESTION) == 0
     assert "cut at 3 tokens" in capsys.readouterr().err
@@ -112,6 +121,13 @@ def test_an_answer_cut_at_the_limit_says_so(run: Path, capsys: pytest.CaptureFix
         (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
         (["--prompt", "a", "--top-p", "0"], "--top-p is 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--prompt", "a", "--chat"], "--prompt and --chat"),
+        (["--prompt", "a", "--output", "b"], "--output would do nothing without --input"),
+        (["--prompt", "a", "--num-samples", "2", "--limit", "3"], "--limit and --num-samples would do nothing"),
+        (["--input", "gone.jsonl", "--num-samples", "2"], "would all be the same"),
+        (["--input", "gone.jsonl", "--num-samples", "0"], "--num-samples is 0"),
+        (["--prompt", "a", "--stop", ""], "--stop is ''"),
+        (["--prompt", "a", "--json-schema", "gone.json"], "gone.json cannot be read"),
         (["--prompt", "word " * 300], "limit is 256"),
         ([], "no terminal"),
     ],
@@ -259,124 +275,3 @@ def test_bytes_that_are_not_utf8_and_unknown_kinds_are_named(tmp_path: Path) -> 
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no prompts"):
         prompts.read(tmp_path / "p.jsonl")
-
-
-# --- chat
-
-
-def converse(monkeypatch: pytest.MonkeyPatch, lines: list[Any], **settings: Any) -> None:
-    """Type ``lines`` into a chat; an exception among them is raised at the prompt."""
-
-    def type_line(_: str) -> str:
-        line = left.pop(0) if left else EOFError()
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    left = list(lines)
-    monkeypatch.setattr("builtins.input", type_line)
-    chat_session.chat(trained.load_trained(RUN), InferSection(max_new_tokens=24, **settings), None)
-    assert not left, f"the chat ended before {left}"
-
-
-def test_chat_answers_commands_and_ends_at_eof(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    converse(monkeypatch, ["", "/help", "/frobnicate now", "/system", "/system Be kind.", "thanks", "/reset"])
-    captured = capsys.readouterr()
-    assert "/reset" in captured.out and "unknown command /frobnicate" in captured.out
-    assert "(no system message)" in captured.out and "(system message: Be kind.)" in captured.out
-    assert "conversation forgotten" in captured.out
-
-
-def test_chat_remembers_until_reset(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[list[dict[str, Any]]] = []
-    real = chat_session.render_prompt
-    monkeypatch.setattr(
-        chat_session, "render_prompt", lambda t, k, messages: seen.append(messages) or real(t, k, messages)
-    )
-    converse(monkeypatch, ["thanks", "hello", "/reset", "//etc", "/exit"])
-    assert [[m["role"] for m in messages] for messages in seen] == [["user"], ["user", "assistant", "user"], ["user"]]
-    assert seen[1][1]["content"] == CHATS[4][1]
-    assert seen[2][0]["content"] == "/etc"
-    assert f"model> {CHATS[4][1]}\n" in capsys.readouterr().out
-
-
-def test_chat_survives_a_message_beyond_the_context(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    converse(monkeypatch, ["word " * 300, "thanks"])
-    captured = capsys.readouterr()
-    assert "limit is 256" in captured.err
-    assert CHATS[4][1] in captured.out
-
-
-def test_ctrl_c_at_the_prompt_hints_first_and_leaves_the_second_time(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    converse(monkeypatch, [KeyboardInterrupt(), "/help", KeyboardInterrupt(), KeyboardInterrupt()])
-    assert capsys.readouterr().err.count("once more leaves") == 2
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A signal sent while the model writes; the chat goes on."""
-    seen: list[list[dict[str, Any]]] = []
-    real = chat_session.render_prompt
-    monkeypatch.setattr(
-        chat_session, "render_prompt", lambda t, k, messages: seen.append(messages) or real(t, k, messages)
-    )
-    from scripts.utils import generation
-
-    whole = generation.stream
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        for number, piece in enumerate(whole(*arguments, **options)):
-            yield piece
-            if number == 1 and len(seen) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(generation, "stream", interrupted)
-    converse(monkeypatch, [QUESTION, "thanks"])
-    assert "stopped" in capsys.readouterr().err
-    partial = seen[1][1]["content"]
-    assert ANSWER.startswith(partial) and 0 < len(partial) < len(ANSWER)
-
-
-@pytest.mark.slow
-def test_chat_on_a_real_terminal(run: Path) -> None:
-    """The program itself on a pseudo terminal: answers, stops at Ctrl-C, and exits with 0."""
-    main_end, terminal = pty.openpty()
-    command = [sys.executable, str(REPO / "scripts/infer.py"), "--config", "c.yaml", "--run", RUN]
-    program = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
-    os.close(terminal)
-    shown = b""
-
-    def wait_for(text: bytes, seconds: float = 120) -> None:
-        """Read until ``text`` appears after what was waited for before."""
-        nonlocal shown
-        end = time.monotonic() + seconds
-        while text not in shown:
-            ready, _, _ = select.select([main_end], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"no {text!r} in: {shown.decode(errors='replace')}"
-            shown += os.read(main_end, 4096)
-        shown = shown.partition(text)[2]
-
-    try:
-        wait_for(b"you> ")
-        os.write(main_end, b"thanks\n")
-        wait_for(CHATS[4][1].encode())
-        wait_for(b"you> ")
-        time.sleep(0.5)  # a signal between the prompt and the read would be seen only at the next key
-        program.send_signal(signal.SIGINT)
-        wait_for(b"once more leaves")
-        wait_for(b"you> ")
-        os.write(main_end, b"/exit\n")
-        assert program.wait(60) == 0
-    finally:
-        program.kill()
-        program.wait()
-        os.close(main_end)

@@ -11,7 +11,7 @@ from tests.commands import ROOT, run
 
 TARGETS = (
     "install setup-dirs quickstart sample-data check process style render inspect full-pipeline plan train train-bnb train-unsloth "
-    "train-bnb-tb train-unsloth-tb tensorboard tb-stop eval eval-quick eval-full infer infer-batch merge export-gguf export-ollama push download-model "
+    "train-bnb-tb train-unsloth-tb tensorboard tb-stop eval eval-quick eval-full eval-harness report infer infer-batch serve merge export-gguf export-ollama push download-model "
     "test test-fast torture bench bench-data lint format clean clean-all"
 ).split()
 
@@ -30,7 +30,7 @@ def recorded(tmp_path: Path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "env", tmp_path / "env")
     (tmp_path / "scripts").mkdir()
-    for name in "process style render train eval infer board".split():
+    for name in "process style render train eval infer serve board".split():
         (tmp_path / "scripts" / f"{name}.py").write_text(RECORDER)
 
     def calls(*words: str, **extra: str) -> list[dict]:

@@ -179,6 +179,7 @@ cat <<END
   adapter      adapters/$run
   run          outputs/$run (stamp, config, checkpoints, TensorBoard)
   evaluation   outputs/$run/eval (metrics.json, samples.jsonl)
+  report       outputs/$run/report.html (open it, or send it)
   trained on   data/rendered (exactly this text)
 
 Next:

@@ -60,7 +60,7 @@ def check_text(text: str, where: str) -> None:
 def check_repo(name: str) -> None:
     """Raises ``UserError`` unless ``name`` can be a repository: owner/name, or a name of your own."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

@@ -25,7 +25,7 @@ def whole_loss(model: Any, row: Row) -> "torch.Tensor":
 
     labels = row["shift_labels"]
     keep = torch.nonzero((labels != IGNORE).any(0)).squeeze(-1)
-    logits = model(**_inputs(model, row), logits_to_keep=keep, use_cache=False).logits
+    logits = model(**inputs(model, row), logits_to_keep=keep, use_cache=False).logits
     targets = labels[:, keep]
     return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
@@ -34,11 +34,11 @@ def summed_loss(model: Any, row: Row) -> "torch.Tensor":
     """As ``whole_loss``, in chunks; a model that is not built of a backbone and a linear head has its loss the plain way."""
     from scripts.utils.chunked_loss import ChunkedLoss
 
-    parts = _parts(model)
+    parts = parts_of(model)
     if parts is None:
         return whole_loss(model, row)
     backbone, head, cap, scale = parts
-    hidden = backbone(**_inputs(model, row), use_cache=False).last_hidden_state
+    hidden = backbone(**inputs(model, row), use_cache=False).last_hidden_state
     labels = row["shift_labels"].to(hidden.device)
     trained = labels != IGNORE
     return ChunkedLoss.apply(hidden[trained], head.weight, head.bias, labels[trained], cap, scale)
@@ -50,17 +50,17 @@ def fused_loss(model: Any, row: Row) -> "torch.Tensor":
 
     labels = torch.full_like(row["input_ids"], IGNORE)
     labels[:, 1:] = row["shift_labels"][:, :-1]
-    return model(**_inputs(model, row), labels=labels).loss * (labels != IGNORE).sum()
+    return model(**inputs(model, row), labels=labels).loss * (labels != IGNORE).sum()
 
 
-def _inputs(model: Any, row: Row) -> dict[str, Any]:
+def inputs(model: Any, row: Row) -> dict[str, Any]:
     from scripts.utils.attention import is_segmented
 
     leave_out = {"shift_labels"} if is_segmented(model) else {"shift_labels", "segments"}
     return {name: value for name, value in row.items() if name not in leave_out}
 
 
-def _parts(model: Any) -> tuple[Any, Any, float, float] | None:
+def parts_of(model: Any) -> tuple[Any, Any, float, float] | None:
     """Backbone, linear head, the cap of the logits (0: none) and their factor; None where the model is built otherwise."""
     import torch
 

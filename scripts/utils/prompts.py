@@ -3,6 +3,7 @@
 Everything is read and checked before a model is loaded, so that a broken line costs seconds and no answers.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,25 @@ class Request:
     messages: list[Message]
     tools: list[Any] | None = None
     reference: str | None = None
+
+
+def read_one(given: str) -> str:
+    """The one prompt, line breaks and all; raises ``UserError`` when it is empty or not UTF-8."""
+    text = given
+    if given == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt on stdin is not UTF-8 ({error})", "convert it first") from error
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            "the prompt is not valid UTF-8", "check the terminal's encoding, or use --input FILE"
+        ) from error
+    if not text.strip():
+        raise UserError("the prompt is empty", "write something to answer")
+    return text
 
 
 def read(path: Path, *, limit: int | None = None, whole_file: bool = False) -> list[Request]:

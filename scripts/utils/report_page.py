@@ -1,9 +1,12 @@
 """The data report as one HTML file: no script, no network, light and dark, readable on a phone.
 
-Whatever comes from the data goes through ``html.escape``: rows are other people's text.
+Also the frame, the style and the tables that the report of a run (run_report_page.py) shares. Whatever comes from the
+data is escaped: rows are other people's text.
 """
 
-from collections.abc import Iterable, Sequence
+import base64
+import hashlib
+from collections.abc import Container, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -23,6 +26,7 @@ p { margin: .4rem 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
+caption { text-align: left; color: var(--soft); padding: .3rem 0; }
 td { overflow-wrap: anywhere; min-width: 4rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; }
@@ -44,20 +48,30 @@ def build(report: dict[str, Any], title: str) -> str:
         *_suspicious(report),
         *_rejected(report),
     ]
+    return page(title, parts)
+
+
+def page(title: str, parts: Iterable[str], *, style: str = "", script: str = "") -> str:
+    """A whole page around ``parts``, which are HTML. The only script that its browser runs is ``script``, by its hash."""
     body = "\n".join(parts)
+    allowed = "default-src 'none'; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed += f"; script-src 'sha256-{digest}'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{allowed}">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{_STYLE}{style}</style>
 </head>
 <body>
 <main>
 {body}
 </main>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
@@ -78,9 +92,9 @@ def _rows(report: dict[str, Any]) -> list[str]:
         lines.append(f"Rows nearly the same as one of another given split: {overlap['nearly_the_same']:,}.")
     return [
         "<h2>Rows</h2>",
-        _table(header, body),
+        table(header, body),
         "<h2>Splits</h2>",
-        _table(["split", "rows"], splits),
+        table(["split", "rows"], splits),
         *(f"<p>{escape(line)}</p>" for line in lines),
     ]
 
@@ -88,7 +102,7 @@ def _rows(report: dict[str, Any]) -> list[str]:
 def _lengths(report: dict[str, Any]) -> list[str]:
     tokens, characters = report["tokens"], report["characters"]
     turns = [[turns, count] for turns, count in report["turns"].items()]
-    parts = ["<h2>Turns</h2>", _table(["answers in a row", "rows"], turns), "<h2>Tokens a row</h2>"]
+    parts = ["<h2>Turns</h2>", table(["answers in a row", "rows"], turns), "<h2>Tokens a row</h2>"]
     if tokens["counted_rows"]:
         whole = report["all_files"]["rows_out"]
         counted = (
@@ -116,11 +130,11 @@ def _doubles(report: dict[str, Any]) -> list[str]:
     what = "left out" if alike["removed"] else "kept, each in the split of the earlier one unless files say the splits"
     parts = ["<h2>Duplicates</h2>", f"<p>Exactly the same as an earlier row, left out: {exact['rows']:,}.</p>"]
     if exact["examples"]:
-        parts.append(_table(["row", "first"], [[item["row"], item["first"]] for item in exact["examples"]]))
+        parts.append(table(["row", "first"], [[item["row"], item["first"]] for item in exact["examples"]]))
     parts.append(f"<p>Nearly the same as an earlier row: {alike['rows']:,} ({escape(what)}).</p>")
     if alike["examples"]:
         body = [[item["row"], item["first"], f"{item['similarity']:.2f}"] for item in alike["examples"]]
-        parts.append(_table(["row", "earlier row", "alike"], body))
+        parts.append(table(["row", "earlier row", "alike"], body))
     return parts
 
 
@@ -133,7 +147,7 @@ def _answers(report: dict[str, Any]) -> list[str]:
     return [
         "<h2>Answers</h2>",
         f"<p>{said}</p>",
-        _table(["most frequent", "rows"], body) if body else "<p>None occurs twice.</p>",
+        table(["most frequent", "rows"], body) if body else "<p>None occurs twice.</p>",
     ]
 
 
@@ -141,12 +155,12 @@ def _suspicious(report: dict[str, Any]) -> list[str]:
     found = report["suspicious"]
     body = [[item["reason"], item["rows"], ", ".join(item["examples"])] for item in found["reasons"]]
     said = f"<p>{found['rows']:,} rows to look at.</p>" if body else "<p>None found.</p>"
-    return ["<h2>Suspicious rows</h2>", said, *([_table(["why", "rows", "among them"], body)] if body else [])]
+    return ["<h2>Suspicious rows</h2>", said, *([table(["why", "rows", "among them"], body)] if body else [])]
 
 
 def _rejected(report: dict[str, Any]) -> list[str]:
     body = [[item["reason"], item["rows"], item["example"]] for item in report["rejected_reasons"]]
-    return ["<h2>Rejected rows</h2>", _table(["reason", "rows", "first at"], body) if body else "<p>None.</p>"]
+    return ["<h2>Rejected rows</h2>", table(["reason", "rows", "first at"], body) if body else "<p>None.</p>"]
 
 
 def _summary(spread: dict[str, Any]) -> str:
@@ -155,17 +169,30 @@ def _summary(spread: dict[str, Any]) -> str:
     return f'<p class="soft">{said}</p>'
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Container[int] = (), caption: str = ""
+) -> str:
+    """A table of texts, which are escaped, and of cells that bring their own HTML (``Markup``).
+
+    Columns of whole numbers and those in ``numbers`` are set right.
+    """
     rows = list(rows)
-    numeric = [bool(rows) and all(isinstance(row[at], int) for row in rows) for at in range(len(header))]
+    right = [
+        at in numbers or (bool(rows) and all(isinstance(row[at], int) for row in rows)) for at in range(len(header))
+    ]
 
     def line(cells: Sequence[object], tag: str) -> str:
-        marked = [' class="number"' if number else "" for number in numeric]
-        shown = [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]
-        return "".join(f"<{tag}{mark}>{escape(text)}</{tag}>" for mark, text in zip(marked, shown, strict=True))
+        marked = [' class="number"' if number else "" for number in right]
+        shown = [
+            str(cell) if hasattr(cell, "__html__") else escape(f"{cell:,}" if isinstance(cell, int) else str(cell))
+            for cell in cells
+        ]
+        scope = ' scope="col"' if tag == "th" else ""
+        return "".join(f"<{tag}{scope}{mark}>{text}</{tag}>" for mark, text in zip(marked, shown, strict=True))
 
     body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{line(header, "th")}</tr>\n{body}\n</table></div>'
+    said = f"<caption>{escape(caption)}</caption>\n" if caption else ""
+    return f'<div class="wide"><table>\n{said}<tr>{line(header, "th")}</tr>\n{body}\n</table></div>'
 
 
 def _histogram(bars: Sequence[Sequence[int]], unit: str) -> str:

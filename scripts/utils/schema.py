@@ -137,6 +137,9 @@ class EvalSection(Section):
     batch_size: Positive = 16
     max_new_tokens: Positive = 256
     generate: bool = True
+    headline: Literal[
+        "auto", "exact_match", "normalised_match", "f1", "number_match", "json_exact", "json_keys", "rouge_l", "bleu", "chrf", "loss"
+    ] = "auto"  # fmt: skip
 
 
 class InferSection(Section):
@@ -145,6 +148,9 @@ class InferSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
     batch_size: Positive = 16
+    num_samples: Positive = 1
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    json_schema: str | None = None
 
 
 class MergeSection(Section):

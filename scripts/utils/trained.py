@@ -25,7 +25,10 @@ Which = Literal["tuned", "base", "merged"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A model ready to answer. ``max_length`` is its context limit in tokens; ``stamp`` is empty without a run."""
+    """A model ready to answer. ``max_length`` is its context limit in tokens; ``stamp`` is empty without a run.
+
+    ``folder`` holds the weights that make it what it is: the adapter, or the whole model.
+    """
 
     run: str
     model: Any
@@ -37,10 +40,37 @@ class Trained:
     kind: Literal["adapter", "full", "merged", "base"]
     stop_ids: list[int]
     max_length: int
+    folder: Path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers, by content: the same model, in the same precision on the same kind of device, answers alike."""
+        base = self.stamp.get("model", {}).get("path_hash") if self.kind == "adapter" else None
+        return {
+            "weights": model_store.content_hash(self.folder),
+            "base": base,
+            "precision": self.precision,
+            "device": self.device,
+        }
 
 
-def load_trained(run: str, *, which: Which = "tuned") -> Trained:
-    """Load what a run left. Raises ``UserError`` when the run, its adapter or its merged model is not there."""
+@dataclass(frozen=True)
+class Found:
+    """What a run left on the disk, proven but not loaded: ``weights`` is the folder of a whole model, ``adapter`` what
+    goes on top of it, and ``folder`` the one whose tokenizer, template and end tokens count."""
+
+    facts: dict[str, Any]
+    kind: Literal["adapter", "full", "merged", "base"]
+    folder: Path
+    weights: Path
+    adapter: Path | None
+    quantised: bool
+    tokenizer: "PreTrainedTokenizerBase"
+    template: Template
+
+
+def find_trained(run: str, *, which: Which = "tuned") -> Found:
+    """Find what a run left. Raises ``UserError`` when the run, its adapter or its merged model is not there."""
     facts = stamp.require(run)
     adapter = stamp.adapter_folder(run)
     folder = stamp.run_folder(run) / "merged" if which == "merged" else adapter
@@ -62,29 +92,45 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
     template = choose_template(tokenizer, "auto")
     if (then := facts["render"].get("template_hash")) and template.hash != then:
         console.warn(f"{folder}: the chat template is not the one that run {run!r} was trained with")
-    hardware, precision = _inference_precision(facts["precision"]["actual"])
-    quantised = facts["tuning"]["mode"] == "qlora"
-    path = folder if which == "merged" or (full and which == "tuned") else base_path(facts)
-    model = load_causal_lm(path, precision=precision, device=hardware.device, quantised=quantised and which != "merged")
     kind: Literal["adapter", "full", "merged", "base"] = (
-        "merged" if which == "merged" else "base" if which == "base" else "full"
+        "merged" if which == "merged" else "base" if which == "base" else "full" if full else "adapter"
     )
-    if which == "tuned" and not full:
-        model = attach_adapter(model, adapter)
-        kind = "adapter"
-    own_ends = folder / "generation_config.json"
+    return Found(
+        facts,
+        kind,
+        folder,
+        folder if kind in ("merged", "full") else base_path(facts),
+        adapter if kind == "adapter" else None,
+        facts["tuning"]["mode"] == "qlora" and which != "merged",
+        tokenizer,
+        template,
+    )
+
+
+def load_trained(run: str, *, which: Which = "tuned") -> Trained:
+    """Load what a run left. Raises as ``find_trained`` does."""
+    found = find_trained(run, which=which)
+    hardware, precision = inference_precision(found.facts["precision"]["actual"])
+    model = load_causal_lm(found.weights, precision=precision, device=hardware.device, quantised=found.quantised)
+    if found.adapter:
+        model = attach_adapter(model, found.adapter)
+    own_ends = found.folder / "generation_config.json"
     if own_ends.is_file():  # the end-of-turn token that was learnt may be another than the base model's
         model.generation_config.eos_token_id = files.read_json(own_ends).get("eos_token_id")
-    return _ready(run, model, tokenizer, template, hardware.device, precision, facts, kind)
+    folder = found.adapter or found.weights
+    return _ready(
+        run, model, found.tokenizer, found.template, hardware.device, precision, found.facts, found.kind, folder
+    )
 
 
 def load_base_model(name: str, revision: str | None = None) -> Trained:
     """A model without any run: hub id, folder or embedded/…, with its own template."""
     path = model_store.resolve(name, revision).path
     tokenizer = load_tokenizer(path)
-    hardware, precision = _inference_precision(None)
+    hardware, precision = inference_precision(None)
     model = load_causal_lm(path, precision=precision, device=hardware.device)
-    return _ready("", model, tokenizer, choose_template(tokenizer, "auto"), hardware.device, precision, {}, "base")
+    template = choose_template(tokenizer, "auto")
+    return _ready("", model, tokenizer, template, hardware.device, precision, {}, "base", path)
 
 
 def load_export(run: str, folder: Path) -> tuple[Any, str]:
@@ -96,7 +142,7 @@ def load_export(run: str, folder: Path) -> tuple[Any, str]:
     adapters.verify(folder)
     full = facts["tuning"]["mode"] == "full"
     path = folder if full else base_path(facts)
-    machine, precision = _inference_precision(facts["precision"]["actual"])
+    machine, precision = inference_precision(facts["precision"]["actual"])
     device = _device_with_room(machine.device, sum(p.stat().st_size for p in path.glob("*.safetensors")))
     model = load_causal_lm(path, precision=precision, device=device, quantised=facts["tuning"]["mode"] == "qlora")
     return model.eval() if full else attach_adapter(model, folder), precision
@@ -185,7 +231,7 @@ def base_path(facts: dict[str, Any]) -> Path:
     return path
 
 
-def _inference_precision(trained_in: str | None) -> "tuple[Hardware, Precision]":
+def inference_precision(trained_in: str | None) -> "tuple[Hardware, Precision]":
     """The precision that the run was trained in, where this machine has it; else the best it has."""
     from scripts.utils import hardware
 
@@ -204,12 +250,13 @@ def _ready(
     precision: str,
     facts: dict[str, Any],
     kind: Any,
+    folder: Path,
 ) -> Trained:
     model.eval()
     model.config.use_cache = True
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     return Trained(
-        run, model, tokenizer, template, device, precision, facts, kind, stop_ids(model, tokenizer), int(limit)
+        run, model, tokenizer, template, device, precision, facts, kind, stop_ids(model, tokenizer), int(limit), folder
     )
 
 
