@@ -247,6 +247,23 @@ def test_tokenizer_only_takes_no_weights_and_the_full_model_keeps_its_commit(tmp
     assert Hub.requests[0] == f"GET /api/models/org/whole/revision/{COMMIT}"
 
 
+def test_the_commit_that_a_stamp_names_is_found_in_the_folder_of_its_branch(tmp_path: Path, hub: str) -> None:
+    """train fetches a name or a branch and stamps the commit; eval and merge ask for that commit, maybe offline."""
+    cache = tmp_path / "cache"
+    assert download(cache, "--model", "org/whole", HF_ENDPOINT=hub)[0] == 0
+    Hub.requests.clear()
+    code = (
+        "import sys; from scripts.utils import model_store as s; "
+        f"print(s.resolve('org/whole', '{COMMIT}').path.name, s.present('org/whole', '{COMMIT}').name, "
+        "s.present('org/whole', 'f' * 40))"
+    )
+    env = environment(cache, HF_ENDPOINT=hub)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["org--whole", "org--whole", "None"] and Hub.requests == []
+
+
 def test_model_in_the_ordinary_hub_cache_is_not_downloaded_again(tmp_path: Path) -> None:
     snapshot = tmp_path / "hf/hub/models--org--whole/snapshots" / COMMIT
     make_folder(snapshot)

@@ -39,8 +39,7 @@ def present(name: str, revision: str | None = None) -> Path | None:
     folder = Path(name.strip()).expanduser()
     if folder.is_dir():
         return folder.absolute() if (folder / "config.json").is_file() else None
-    cached = cache_folder() / _folder_name(name, revision)
-    for candidate in (cached, cached.with_name(cached.name + ".tokenizer")):
+    for candidate in _cached(name, revision, tokenizer_only=True):
         if model_folder.is_whole(candidate):
             return candidate
     if name == EMBEDDED_NAME or not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
@@ -111,11 +110,10 @@ def _embedded(name: str, log: Callable[[str], None]) -> Model:
 
 
 def _hub(name: str, revision: str | None, tokenizer_only: bool, log: Callable[[str], None]) -> Model:
-    cache = cache_folder()
-    full = cache / _folder_name(name, revision)
+    full = cache_folder() / _folder_name(name, revision)
     light = full.with_name(full.name + ".tokenizer")
     candidates = [full, light] if tokenizer_only else [full]
-    for folder in candidates:
+    for folder in _cached(name, revision, tokenizer_only):
         if model_folder.is_whole(folder):
             return Model(name, folder, model_folder.commit(folder), "hub")
     if shared := model_hub.in_shared_cache(name, revision, tokenizer_only):
@@ -129,6 +127,26 @@ def _hub(name: str, revision: str | None, tokenizer_only: bool, log: Callable[[s
             at = model_folder.commit(light) if model_folder.is_whole(light) else None
             model_hub.download(name, revision, folder, tokenizer_only=tokenizer_only, log=log, at=at)
     return Model(name, folder, model_folder.commit(folder), "hub")
+
+
+def _cached(name: str, revision: str | None, tokenizer_only: bool) -> Iterator[Path]:
+    """Folders of the cache that may hold this model: that of its name, and those that were fetched at this very commit.
+
+    A run's stamp names the commit of a model whose folder is called after a branch, or after none.
+    """
+    cache = cache_folder()
+    full = cache / _folder_name(name, revision)
+    yield full
+    if tokenizer_only:
+        yield full.with_name(full.name + ".tokenizer")
+    if revision and cache.is_dir():
+        label = _folder_name(name, None)
+        for folder in sorted(cache.iterdir()):
+            other = folder.name.removesuffix(".tokenizer")
+            fits = tokenizer_only or other == folder.name
+            if fits and other.partition("@")[0] == label and model_folder.is_whole(folder):
+                if model_folder.commit(folder) == revision:
+                    yield folder
 
 
 def _folder_name(name: str, revision: str | None) -> str:
