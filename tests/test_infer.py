@@ -170,9 +170,8 @@ def test_inference_sends_the_ids_that_training_saw(
     monkeypatch.setattr(generation, "generate", lambda m, t, ids, **k: sent.extend(ids) or real(m, t, ids, **k))
     assert ask("--input", "p.jsonl") == 0
     tokenizer = trained.load_trained(RUN, which="base").tokenizer
-    for row, ids in zip(rows, sent, strict=True):
-        seen = encoding.encode(tokenizer, row["text"], row["spans"])
-        assert ids == seen.ids[: seen.trained.index(True)]
+    trained_on = [encoding.encode(tokenizer, row["text"], row["spans"]) for row in rows]
+    assert sorted(sent) == sorted(seen.ids[: seen.trained.index(True)] for seen in trained_on)
 
 
 def test_a_chat_with_its_own_system_message_keeps_it() -> None:

@@ -108,7 +108,7 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
     return sorted(kept.values())
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int = 8) -> list[float]:
     """Round numbers from ``low`` to ``high``, about ``most`` of them."""
     span = high - low
     if span <= 0:
@@ -191,7 +191,7 @@ def _figure(title: str, unit: str, lines: dict[str, Points], resumed: Sequence[i
 
 def _along(left: int, right: int, x: Any) -> Markup:
     """Labels of the steps; those at the ends stay inside the drawing."""
-    shown = sorted({round(mark) for mark in ticks(left, right)})
+    shown = sorted({round(mark) for mark in ticks(left, right, 7)})
     return Markup("").join(
         Markup('<span style="left:{:.1f}%">{}{:,}</span>').format(100 * x(step), "step " if at == 0 else "", step)
         for at, step in enumerate(shown)

@@ -17,6 +17,10 @@ a { color: var(--bar); }
 .lead { display: flex; flex-direction: column; background: var(--box); padding: .8rem 1rem; border-radius: .4rem; }
 .lead strong { font-size: 1.7rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .verdict { white-space: nowrap; }
+@media (min-width: 44rem) {  /* one line a metric */
+  .result br { display: none; }
+  .result small { display: inline-block; min-width: 10rem; }
+}
 @media (max-width: 36rem) {
   .result tr { display: grid; grid-template-columns: 1fr 1.15fr 1.35fr; column-gap: .4rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }
   .result tr:has(th), .result td:empty { display: none; }
@@ -65,7 +69,7 @@ button { width: auto; cursor: pointer; }
 .row { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem; margin: .8rem 0; }
 .scores { font-size: .85rem; color: var(--soft); }
 .scores b { color: var(--ink); font-weight: 600; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); gap: .8rem 1.2rem; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(12.5rem, 100%), 1fr)); gap: .8rem 1.2rem; }
 .sides .prompt { grid-column: 1 / -1; }
 .sides > div { min-width: 0; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; font-size: .9rem; background: var(--box); padding: .5rem .7rem; border-radius: .3rem; }
