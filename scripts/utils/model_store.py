@@ -144,9 +144,10 @@ def _cached(name: str, revision: str | None, tokenizer_only: bool) -> Iterator[P
         for folder in sorted(cache.iterdir()):
             other = folder.name.removesuffix(".tokenizer")
             fits = tokenizer_only or other == folder.name
-            if fits and other.partition("@")[0] == label and model_folder.is_whole(folder):
-                if model_folder.commit(folder) == revision:
-                    yield folder
+            if not fits or other.partition("@")[0] != label or not model_folder.is_whole(folder):
+                continue
+            if model_folder.commit(folder) == revision:
+                yield folder
 
 
 def _folder_name(name: str, revision: str | None) -> str:
