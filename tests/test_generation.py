@@ -327,3 +327,14 @@ def test_an_event_stops_a_stream_and_says_that_it_is_not_whole() -> None:
         pieces.append(piece)
         stopped.set()
     assert len(pieces) < 20 and ends == [False]
+
+
+def test_a_tokenizer_that_answered_within_a_schema_can_still_be_copied(tmp_path):
+    """Seen: what the grammar library makes of a tokenizer lay in the tokenizer, and could not be copied with it."""
+    import copy
+
+    import torch
+
+    processor = schema('{"type": "object", "properties": {"a": {"type": "integer"}}}', tmp_path).processor(1)
+    processor(torch.tensor([[5]]), torch.zeros(1, len(smollm2_tokenizer())))
+    assert len(copy.deepcopy(smollm2_tokenizer())) == len(smollm2_tokenizer())

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from scripts.utils.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     import torch
 
+# a second to make each; beside the tokenizers, for one that holds it can be copied no more
+_KNOWN: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -100,7 +103,7 @@ class WithinSchema:
         from llguidance.hf import from_tokenizer
 
         schema = self._schema
-        known = schema.tokenizer.__dict__.setdefault("_sft_llguidance", {})  # a second to make
+        known = _KNOWN.setdefault(schema.tokenizer, {})
         key = (vocabulary, schema.stop_ids)
         if key not in known:
             try:
