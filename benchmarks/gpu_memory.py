@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_memory import ROOT, make_steps
+from benchmarks.plan_memory import ROOT, make_steps, predicted
 from benchmarks.rows import clean_environment
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied
@@ -91,27 +91,22 @@ def config_of(path: Path, combination: Combination) -> Any:
     )
 
 
-def predicted(path: Path, combination: Combination) -> tuple[int, int]:
-    """Bytes of live tensors, and of the framework on top."""
-    from scripts.utils import architecture, memory
+def guessed(path: Path, combination: Combination) -> int:
+    """Bytes of live tensors, by plan."""
+    from scripts.utils import architecture
 
     _, mode, tokens, checkpointing, precision, optimizer, embeddings, offload = combination
-    setting = memory.Setting(
+    return predicted(
+        architecture.read(path),
         device="cuda",
-        mode=mode,  # type: ignore[arg-type]
-        precision=precision,  # type: ignore[arg-type]
+        mode=mode,
+        precision=precision,
         tokens=tokens,
-        longest=tokens // 4,
-        rank=16,
-        targets=None,
-        dropout=False,
-        optimizer=optimizer,
         checkpointing=checkpointing,
+        optimizer=optimizer,
         host_embeddings=embeddings == "host",
         offload=offload,
     )
-    found = memory.predict(architecture.read(path), setting)
-    return found.peak - found.always["framework"], found.always["framework"]
 
 
 def measure(path: Path, combination: Combination) -> tuple[int, int, int, int]:
@@ -143,7 +138,7 @@ def table(work: Path, only: str) -> None:
     for combination in [c for c in COMBINATIONS if only in c[0]]:
         name, mode, tokens, checkpointing, precision, optimizer, embeddings, offload = combination
         path = paths.get(name) or paths.setdefault(name, make_model(name, work))
-        guess, _ = predicted(path, combination)
+        guess = guessed(path, combination)
         live, reserved, beside, loading = measure(path, combination)
         where = f"{embeddings}, {'host' if offload else 'device'}"
         facts = [name, mode, f"{tokens:,}", "on" if checkpointing else "off", precision, optimizer, where]

@@ -182,27 +182,18 @@ def measure_all(combinations: Sequence[Combination], plain: bool = False) -> Ite
             path = paths[shape, precision]
             words = [str(paths[_TINY, precision]), str(path), *settings, precision]
             used = int(child("measure", *words, plain=plain).split()[-1])
-            yield combination, predicted(architecture.read(path), combination), used
+            names = ("mode", "tokens", "checkpointing", "precision")
+            known = dict(zip(names, combination[1:], strict=True))
+            guess = predicted(architecture.read(path), device="cpu", optimizer="adamw_torch", **known)
+            yield combination, guess, used
 
 
-def predicted(shape: Any, combination: Combination) -> int:
-    """Bytes, less the libraries, which the measurement leaves out too."""
+def predicted(shape: Any, **setting: Any) -> int:
+    """Bytes, less the libraries, which the measurements leave out too; ``setting`` as in memory.Setting, r = 16, four examples a row."""
     from scripts.utils import memory
 
-    _, mode, tokens, checkpointing, precision = combination
-    setting = memory.Setting(
-        device="cpu",
-        mode=mode,  # type: ignore[arg-type]
-        precision=precision,  # type: ignore[arg-type]
-        tokens=tokens,
-        longest=tokens // 4,
-        rank=16,
-        targets=None,
-        dropout=False,
-        optimizer="adamw_torch",
-        checkpointing=checkpointing,
-    )
-    found = memory.predict(shape, setting)
+    run = memory.Setting(longest=setting["tokens"] // 4, rank=16, targets=None, dropout=False, **setting)
+    found = memory.predict(shape, run)
     return found.peak - found.always["framework"]
 
 

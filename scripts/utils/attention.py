@@ -112,7 +112,6 @@ def _by_kernel(
     q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))  # [tokens, heads, size]
     if cuts.keys is not None:
         k, v = k[cuts.keys], v[cuts.keys]
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     found = varlen_attn(
         q,
         k,
@@ -122,9 +121,15 @@ def _by_kernel(
         *cuts.longest,
         scale=scaling,
         window_size=(sliding_window - 1 if sliding_window else -1, 0),
-        **grouped,
+        **_grouped(varlen_attn),
     )
     return found[None], None
+
+
+@functools.cache  # each layer of each row would ask again
+def _grouped(kernel: Any) -> dict[str, bool]:
+    """What tells the kernel that keys have fewer heads than queries; where it has no such argument it sees so itself."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
 @dataclass(frozen=True)
