@@ -1,21 +1,20 @@
-"""Is this machine ready for the config? Python, packages, device, memory, disk, config, backend, data: each line tells.
+"""Is this machine ready for the config? Machine, packages, device, hub, config, data: each line tells, and what mends it.
 
 Exit code: 0 nothing stands in the way · 2 the config or the data does · 4 this machine does.
-Works before anything is installed, and says then what is missing.
+Works before anything is installed, and says then what is missing. What may crash or hang runs in child processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import platform
-import re
-import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     # before the project is imported: an older Python cannot even read it
@@ -29,230 +28,211 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, environment, files
+from scripts.utils import command, console, doctor_machine, doctor_packages, environment, files, scrubbing, trial
 from scripts.utils.errors import MachineError, SFTError, UserError
+from scripts.utils.findings import MACHINE, Finding, fault, from_json, from_problem, ok
 
 if TYPE_CHECKING:
+    from scripts.utils.hardware import Hardware
     from scripts.utils.schema import Config
 
-DISK_NEEDED, DISK_WANTED = 2 * 2**30, 5 * 2**30  # bytes
-MEMORY_WANTED = 3 * 2**30
-COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: ``code`` is 0, or the exit code that this fault means; a warning stops nothing."""
-
-    topic: str
-    text: str
-    code: int = 0
-    hint: str = ""
-    warning: bool = False
-
-    @property
-    def state(self) -> str:
-        return "failed" if self.code else "warning" if self.warning else "ok"
-
-
-def pinned_versions(path: Path) -> dict[str, str]:
-    """Exact versions in a constraints file, by normalised name, for the Python and system that run now."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    versions: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.startswith("#"):
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate():
-                versions[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
-    return versions
-
-
-def check_packages(root: Path) -> Iterator[Finding]:
-    import tomllib
-
-    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    missing = [name for name in map(_name, declared) if _installed(name) is None and not _passed_over(name)]
-    if missing:
-        yield Finding("packages", f"not installed: {', '.join(missing)}", 4, "run: make install")
-        return
-    from packaging.requirements import Requirement
-
-    for text in declared:
-        requirement = Requirement(text)
-        have = _installed(requirement.name)
-        if have and not requirement.specifier.contains(have, prereleases=True):
-            yield Finding(
-                "packages",
-                f"{requirement.name} {have} is installed, {requirement.specifier} is needed",
-                4,
-                "run: make install",
-            )
-    pinned = pinned_versions(root / "env" / "constraints.txt")
-    other = [
-        f"{name} {have} (not {version})"
-        for name, version in pinned.items()
-        # a local part (torch's +cpu) is the same version built otherwise
-        if (have := _installed(name)) and have.partition("+")[0] != version
-    ]
-    if other:
-        yield Finding(
-            "packages", f"other versions than were tried: {', '.join(other)}", hint="run: make install", warning=True
-        )
-    else:
-        yield Finding("packages", "all installed, in the versions of env/constraints.txt")
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
-
-
-def _passed_over(name: str) -> bool:
-    return name == "bitsandbytes" and sys.platform == "darwin"
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def check_device() -> Iterator[Finding]:
-    from scripts.utils import hardware
-
-    try:
-        machine = hardware.detect()
-    except ImportError as error:
-        yield Finding("device", f"torch does not load: {error}", 4, "run: make install")
-        return
-    precision, why = hardware.best_precision(machine)
-    yield Finding("device", f"{machine.device}: {machine.name}, {console.size(machine.memory)}; {precision} ({why})")
-    if machine.device == "cpu" and shutil.which("nvidia-smi"):
-        hint = "make install TORCH=auto on the machine with the GPU, and check that nvidia-smi works"
-        yield Finding("device", "nvidia-smi is here, but torch finds no GPU", hint=hint, warning=True)
-
-
-def check_space(here: Path) -> Iterator[Finding]:
-    free = shutil.disk_usage(here).free
-    text = f"{console.size(free)} free in {here}"
-    if free < DISK_NEEDED:
-        yield Finding("disk", f"{text}; {console.size(DISK_NEEDED)} are needed", 4, "free some space: make clean")
-    else:
-        yield Finding("disk", text, hint="a model from the hub may need more", warning=free < DISK_WANTED)
-    if _installed("psutil"):
-        import psutil
-
-        memory = psutil.virtual_memory()
-        text = f"{console.size(memory.available)} of {console.size(memory.total)} free"
-        yield Finding(
-            "memory",
-            text,
-            hint="close other programs, or choose a small model",
-            warning=memory.available < MEMORY_WANTED,
-        )
-
-
-def check_config(path: str, overrides: str) -> Iterator[Finding]:
-    from scripts.utils import sources
-    from scripts.utils.config import load_config
-
-    try:
-        flags = {
-            "data.raw": command.from_make("RAW"),
-            "model.name": command.from_make("MODEL"),
-            "run.name": command.from_make("RUN"),
-        }
-        config = load_config(path, overrides, flags)
-    except SFTError as problem:
-        yield Finding("config", problem.message, problem.exit_code, problem.hint)
-        return
-    yield Finding("config", f"{path}: {config.model.name}, {config.tuning.mode} with {config.tuning.backend}")
-    yield from check_backend(config)
-    try:
-        found, warnings = sources.find(config.data)
-    except SFTError as problem:
-        yield Finding("data", problem.message, problem.exit_code, problem.hint)
-        return
-    paths = [path for source in found for path in source.paths]
-    for text in warnings:
-        yield Finding("data", text, warning=True)
-    yield Finding(
-        "data",
-        f"{len(paths)} files, {console.size(sum(p.stat().st_size for p in paths))}: {', '.join(map(str, paths[:5]))}",
-    )
-
-
-def check_backend(config: Config) -> Iterator[Finding]:
-    """Which backend will run, with which attention, and why. Unsloth is tried afresh, which renews train's cache."""
-    from scripts.utils import backend_choice, backends, hardware, model_store, unsloth_probe
-
-    model = model_store.present(config.model.name, config.model.revision)
-    if model is None:
-        text = f"{config.tuning.backend}; its attention is known once {config.model.name} is on this disk"
-        yield Finding("backend", text, hint="run: make download-model", warning=config.tuning.backend == "unsloth")
-        return
-    why = f"model.attention is {config.model.attention}"
-    if config.tuning.backend == "unsloth":
-        found = unsloth_probe.verdict(config, model, fresh=True)
-        if found.works:
-            slow = "; on a CPU it is no faster than bitsandbytes" if hardware.detect().device == "cpu" else ""
-            yield Finding("backend", f"unsloth: {found.tried} works in {found.precision}{slow}")
-            yield Finding(
-                "backend", f"attention {found.attention or 'of its choice'}: xformers {found.xformers}; {why}"
-            )
-            return
-        never = config.tuning.fallback == "never"
-        text = f"Unsloth was asked for, but {found.reason}; {'nothing' if never else 'bitsandbytes'} will run"
-        yield Finding("backend", text, 4 if never else 0, backend_choice.remedy(found), warning=True)
-        if never:
-            return
-    try:
-        attention = backends.attention_in_transformers(model, config.model.attention)
-    except (ValueError, ImportError, OSError) as error:
-        hint = "model.attention: auto takes what is there"
-        yield Finding("backend", f"{config.model.name}: {str(error).splitlines()[0]}", 4, hint)
-        return
-    chosen = "what transformers takes for this model" if config.model.attention == "auto" else why
-    yield Finding("backend", f"bitsandbytes, attention {attention}: {chosen}")
+SCHEMA_VERSION = 1
+COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 def findings(arguments: argparse.Namespace) -> Iterator[Finding]:
-    yield Finding("python", f"{platform.python_version()} ({sys.executable})")
-    ready = True
-    for finding in check_packages(files.REPO_ROOT):
-        ready = ready and finding.code == 0
-        yield finding
-    yield from check_space(Path.cwd())
-    if ready:
-        yield from check_device()
-        yield from check_config(arguments.config, arguments.set)
+    """Every line, in order. The trials run beside one another from the start; the first line does not wait for them."""
+    missing = set(doctor_packages.missing(files.REPO_ROOT))
+    config, about_config = load(arguments, missing)
+    with contextlib.ExitStack() as running:
+
+        def begin(kind: str, *needed: str, **question: Any) -> trial.Trial | None:
+            if missing & {"torch", "numpy", "psutil", *needed}:
+                return None
+            begun = trial.start(kind, {"config": config.model_dump() if config else None, **question})
+            running.callback(trial.stop, begun)
+            return begun
+
+        device = begin("device")
+        # on a Mac there is none, and a package that is missing has its line
+        quantised = begin("bitsandbytes", "bitsandbytes") if sys.platform != "darwin" else None
+        look, model, rows = None, None, None
+        if config:
+            from scripts.utils import doctor_hub, model_store
+
+            look = None if doctor_hub.why_offline() else doctor_hub.Look()
+            model = model_store.present(config.model.name, config.model.revision)
+            if model:
+                rows = begin("rows", "transformers", "peft", "accelerate", model=str(model))
+        yield from machine()
+        yield from doctor_packages.check(files.REPO_ROOT)
+        if "torch" not in missing:
+            yield from doctor_packages.torch_build()
+        hardware = yield from device_lines(device, arguments.seconds)
+        yield from lines_of(quantised, "bitsandbytes", "4-bit weights cannot be made", arguments.seconds)
+        yield from about_config
+        if config:
+            yield from config_lines(arguments, config, hardware, look)
+            yield from data_lines(config, rows, arguments.seconds, bool(model))
 
 
-def work(arguments: argparse.Namespace) -> None:
+def load(arguments: argparse.Namespace, missing: set[str]) -> tuple[Config | None, list[Finding]]:
+    """The config, and the lines about it."""
+    if missing & {"pydantic", "pyyaml"}:
+        return None, []
+    from scripts.utils.config import load_config
+
+    flags = {
+        "data.raw": arguments.raw or command.from_make("RAW"),
+        "model.name": arguments.model or command.from_make("MODEL"),
+    }
+    flags["run.name"] = arguments.run or command.from_make("RUN")
+    try:
+        config = load_config(arguments.config, arguments.set, flags)
+    except SFTError as problem:
+        return None, [from_problem("config", "config-wrong", problem)]
+    from scripts.utils import doctor_config
+
+    named = list(doctor_config.named_files(config))
+    return config, [*named, *([] if named else [doctor_config.summary(arguments.config, config)])]
+
+
+def machine() -> Iterator[Finding]:
+    yield doctor_machine.python()
+    yield doctor_machine.system()
+    yield from doctor_machine.disk()
+    yield from doctor_machine.memory()
+    yield from doctor_machine.limits()
+    yield from doctor_machine.access()
+
+
+def device_lines(begun: trial.Trial | None, seconds: float) -> Iterator[Finding]:
+    """The device, then its attention; returns the ``Hardware``, or None where torch could not say."""
+    if begun is None:
+        return None
+    from scripts.utils.hardware import Hardware, best_precision
+
+    ended = trial.finish(begun, seconds)
+    known = ended.get("machine")
+    if known is None:
+        yield fault("device", "torch-broken", f"torch does not start: {ended.reason}", doctor_packages.mend())
+        return None
+    capability = tuple(known.pop("capability") or ()) or None
+    found: Hardware = Hardware(**known, capability=capability)
+    precision, why = best_precision(found)
+    yield ok("device", f"{found.device}: {found.name}, {console.size(found.memory)}; {precision} ({why})")
+    if found.device == "cpu" and doctor_packages.wants_cuda():
+        hint = "run nvidia-smi and reboot after an update of the driver; in a container: --gpus all"
+        yield fault("device", "gpu-not-seen", "there is an NVIDIA card, but torch finds none", hint)
+    yield from (from_json(line["finding"]) for line in ended.said if "finding" in line)
+    if ended.reason:
+        hint = 'SET="model.attention=eager", and please report it (make support-bundle)'
+        yield fault("attention", "attention-crashes", f"attention cannot be run: {ended.reason}", hint)
+    return found
+
+
+def lines_of(begun: trial.Trial | None, topic: str, failed: str, seconds: float) -> Iterator[Finding]:
+    """What a trial found, and how it ended where it did not end well."""
+    if begun is None:
+        return
+    ended = trial.finish(begun, seconds)
+    yield from (from_json(line["finding"]) for line in ended.said if "finding" in line)
+    if ended.reason:
+        yield fault(topic, f"{topic}-crashes", f"{failed}: {ended.reason}", doctor_packages.mend())
+
+
+def config_lines(arguments: argparse.Namespace, config: Config, found: Hardware | None, look: Any) -> Iterator[Finding]:
+    from scripts.utils import doctor_config, doctor_hub, hardware
+
+    yield doctor_hub.model(config.model, look)
+    yield doctor_hub.token()
+    yield from doctor_config.trackers(config)
+    if found:
+        yield from doctor_config.precision(config, found)
+        try:
+            planned = hardware.imagined(arguments.gpu_gb) if arguments.gpu_gb else found
+        except SFTError as problem:
+            yield from_problem("plan", "gpu-gb", problem)
+        else:
+            yield from doctor_config.plan(config, planned)
+        yield from doctor_config.unsloth(config, found)
+    yield doctor_config.run(config, arguments.config)
+
+
+def data_lines(config: Config, rows: trial.Trial | None, seconds: float, model: bool) -> Iterator[Finding]:
+    from scripts.utils import doctor_config, doctor_data
+
+    yield from doctor_data.raw(config)
+    yield from doctor_data.rendered(config)
+    if rows is None:
+        if not model:
+            yield ok("rows", f"rendered here once {config.model.name} is on this disk (make download-model)")
+        return
+    ended = trial.finish(rows, seconds)
+    if config.tuning.backend == "bitsandbytes" and (taken := ended.get("attention")):
+        yield doctor_config.attention(config, taken)
+    yield from (from_json(line["finding"]) for line in ended.said if "finding" in line)
+    if ended.reason:
+        yield fault("rows", "rows-crash", f"the first rows cannot be looked at: {ended.reason}", doctor_packages.mend())
+
+
+def work(arguments: argparse.Namespace) -> int | None:
     environment.prepare(files.REPO_ROOT)
-    codes = set()
+    began, found = time.monotonic(), []
     for finding in findings(arguments):
-        codes.add(finding.code)
-        console.result(
-            f"{console.paint(finding.state.ljust(8), COLOURS[finding.state], sys.stdout)} {finding.topic.ljust(9)} {finding.text}"
-        )
-        if finding.hint and finding.state != "ok":
-            console.result(f"{'':8} {'':9} hint: {finding.hint}")
-    # what the machine lacks is mended first
-    if 4 in codes:
-        raise MachineError(
-            "this machine is not ready (see above)", "mend the lines that begin with failed, then: make check"
-        )
-    if codes - {0}:
-        raise UserError(
-            "the config or the data is not ready (see above)", "mend the lines that begin with failed, then: make check"
-        )
+        found.append(finding)
+        if not arguments.json:
+            show(finding)
+    codes = {finding.code for finding in found}
+    code = MACHINE if MACHINE in codes else max(codes)  # what the machine lacks is mended first
+    if arguments.json:
+        console.result(as_json(arguments, found, code, time.monotonic() - began))
+        return code
+    counts = [sum(finding.state == state for finding in found) for state in ("error", "warning")]
+    console.note("check", f"{counts[0]} errors, {counts[1]} warnings, in {time.monotonic() - began:.0f} s")
+    if code:
+        words = "mend the lines that begin with error, then: make check"
+        which = "this machine is" if code == MACHINE else "the config or the data is"
+        raise (MachineError if code == MACHINE else UserError)(f"{which} not ready (see above)", words)
+    return None
+
+
+def show(finding: Finding) -> None:
+    state = console.paint(finding.state.ljust(8), COLOURS[finding.state], sys.stdout)
+    console.result(f"{state} {finding.topic.ljust(12)} {finding.text}")
+    if finding.state != "ok":
+        console.result(f"{'':8} {'':12} {finding.name}: {finding.hint}")
+
+
+def as_json(arguments: argparse.Namespace, found: list[Finding], code: int, seconds: float) -> str:
+    """For issues and machines: without secrets, and without the user's name."""
+    told = {
+        "schema_version": SCHEMA_VERSION,
+        "exit_code": code,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "config": arguments.config,
+        "set": arguments.set,
+        "seconds": round(seconds, 1),
+        "findings": [finding.as_json() for finding in found],
+    }
+    clean = scrubbing.clean(told, scrubbing.known_secrets(), scrubbing.known_names())
+    return json.dumps(clean, indent=2, ensure_ascii=False)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return command.new_parser("check", str(__doc__), ["make check CONFIG=configs/quickstart.yaml RAW=data/sample"])
+    examples = ["make check CONFIG=configs/quickstart.yaml RAW=data/sample", "make check JSON=1", "make check GPU_GB=8"]
+    parser = command.new_parser("check", str(__doc__), examples, keys=["run", "raw", "model"])
+    json_too = command.truthy(command.from_make("JSON"))
+    parser.add_argument(
+        "--json", action="store_true", default=json_too, help="one JSON object (docs/check.schema.json)"
+    )
+    gpu = command.from_make("GPU_GB")
+    parser.add_argument(
+        "--gpu-gb", default=gpu, metavar="GB", help="plan for a CUDA card of this many GiB, here or not"
+    )
+    parser.add_argument("--seconds", type=float, default=trial.SECONDS, help="limit of each trial (now %(default)s)")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,6 @@ if not __package__:  # run as a file: import from the repository root, not from 
 
 from scripts.utils import architecture, command, console, hardware, model_store, planning, stages
 from scripts.utils.config import data_name
-from scripts.utils.errors import UserError
 from scripts.utils.planning import Plan
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def work(arguments: argparse.Namespace, config: "Config") -> int:
-    machine = imagined(arguments.gpu_gb) if arguments.gpu_gb else hardware.detect()
+    machine = hardware.imagined(arguments.gpu_gb) if arguments.gpu_gb else hardware.detect()
     precision = hardware.choose_precision(config.train, machine)
     backend = config.tuning.backend
     folder = Path(config.model.name).expanduser()
@@ -60,17 +59,6 @@ def work(arguments: argparse.Namespace, config: "Config") -> int:
         return 0
     show_remedies(plan)
     return 4
-
-
-def imagined(words: str) -> hardware.Hardware:
-    """A CUDA card that need not be there, of the Ampere generation or newer."""
-    try:
-        gigabytes = float(words)
-    except ValueError:
-        gigabytes = math.nan
-    if not 0 < gigabytes < 10_000:
-        raise UserError(f"GPU_GB is {words!r}, expected a number of GiB", "for example: make plan GPU_GB=8")
-    return hardware.Hardware("cuda", f"a CUDA card of {gigabytes:g} GiB", round(gigabytes * 2**30), (8, 6))
 
 
 def show_memory(plan: Plan) -> None:

@@ -34,17 +34,42 @@ class Model:
     kind: Literal["hub", "folder", "embedded"]
 
 
-def present(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a model that is on this disk already, with config.json and tokenizer at least; fetches nothing."""
+def present(name: str, revision: str | None = None, *, weights: bool = False) -> Path | None:
+    """The folder of a model that is on this disk already; fetches nothing.
+
+    It has config.json and tokenizer at least; of a model of the hub, with ``weights``, these too.
+    """
     folder = Path(name.strip()).expanduser()
     if folder.is_dir():
         return folder.absolute() if (folder / "config.json").is_file() else None
-    for candidate in _cached(name, revision, tokenizer_only=True):
+    for candidate in _cached(name, revision, tokenizer_only=not weights):
         if model_folder.is_whole(candidate):
             return candidate
-    if name == EMBEDDED_NAME or not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+    if name == EMBEDDED_NAME or not _is_hub_id(name):
         return None
-    return model_hub.in_shared_cache(name, revision, tokenizer_only=True)
+    return model_hub.in_shared_cache(name, revision, tokenizer_only=not weights)
+
+
+def check(name: str) -> None:
+    """Raise what ``resolve`` would raise at once for a name that is no model's, or a folder that holds none."""
+    name = name.strip()
+    folder = Path(name).expanduser()
+    if not name:
+        raise UserError("no model is named", f"set model.name to a hub id, a local folder, or {EMBEDDED_NAME}")
+    if name.startswith("embedded/"):
+        if name != EMBEDDED_NAME:
+            raise UserError(f"{name!r}: there is no such embedded model", f"the one embedded model is {EMBEDDED_NAME}")
+    elif folder.is_dir():
+        model_folder.check(folder, tokenizer_only=False)
+    elif not _is_hub_id(name):
+        raise UserError(
+            f"{folder.absolute()}: no such model folder, and {name!r} is not a hub id",
+            f"give a folder that holds config.json, a hub id such as Qwen/Qwen2.5-1.5B-Instruct, or {EMBEDDED_NAME}",
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def _log(message: str) -> None:
@@ -71,9 +96,9 @@ def resolve(
     or ``MachineError`` (cannot be fetched here).
     """
     name = name.strip()
-    if not name:
-        raise UserError("no model is named", f"set model.name to a hub id, a local folder, or {EMBEDDED_NAME}")
     folder = Path(name).expanduser()
+    if not folder.is_dir() or not name:  # a folder is looked at below: its tokenizer alone may do
+        check(name)
     if name.startswith("embedded/") or folder.is_dir():
         if revision:
             log(f"revision {revision!r} is passed over, {name} is not on the hub")
@@ -81,17 +106,10 @@ def resolve(
             return _embedded(name, log)
         model_folder.check(folder, tokenizer_only=tokenizer_only)
         return Model(name, folder.absolute(), None, "folder")
-    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise UserError(
-            f"{folder.absolute()}: no such model folder, and {name!r} is not a hub id",
-            f"give a folder that holds config.json, a hub id such as Qwen/Qwen2.5-1.5B-Instruct, or {EMBEDDED_NAME}",
-        )
     return _hub(name, revision or None, tokenizer_only, log)
 
 
 def _embedded(name: str, log: Callable[[str], None]) -> Model:
-    if name != EMBEDDED_NAME:
-        raise UserError(f"{name!r}: there is no such embedded model", f"the one embedded model is {EMBEDDED_NAME}")
     folder = cache_folder() / EMBEDDED_NAME.replace("/", "--")
     model = Model(name, folder, embedded_model.PACKAGE_VERSION, "embedded")
     if model_folder.is_whole(folder):

@@ -1,6 +1,8 @@
 """What programs that listen on a port have in common: is the port free, and a child that never outlives its parent."""
 
+import contextlib
 import ctypes
+import os
 import signal
 import socket
 import subprocess
@@ -52,3 +54,12 @@ def end(process: "subprocess.Popen[bytes]", first: int = signal.SIGTERM, seconds
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(seconds)
+
+
+def kill_session(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a child that leads a session of its own, and whatever it started; one that has ended is no error."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+            os.killpg(process.pid, signal.SIGKILL)
+    else:  # Windows has no groups
+        process.kill()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.utils import files
+from scripts.utils import files, scrubbing
 from scripts.utils.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -28,10 +28,6 @@ _PACKAGES = (
     "triton",
     "xformers",
 )
-
-
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
-_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ghp_[A-Za-z0-9]{16,})")
 
 
 def run_folder(run: str) -> Path:
@@ -68,7 +64,7 @@ def write(run: str, stamp: dict[str, Any]) -> None:
 
 def without_secrets(value: Any) -> Any:
     """The value with every secret of the environment taken out of its texts, and the home folder (a user's name) as ~."""
-    secrets = [text for name, text in os.environ.items() if _SECRET.search(name) and len(text) >= 8]
+    secrets = [text for name, text in os.environ.items() if scrubbing.SECRET_NAME.search(name) and len(text) >= 8]
     home = str(Path.home())
 
     def clean(item: Any) -> Any:
@@ -80,7 +76,7 @@ def without_secrets(value: Any) -> Any:
             return item
         for secret in secrets:
             item = item.replace(secret, "***")
-        return _TOKEN.sub("***", re.sub(rf"{re.escape(home)}(?=/|$)", "~", item) if len(home) > 1 else item)
+        return scrubbing.TOKEN.sub("***", re.sub(rf"{re.escape(home)}(?=/|$)", "~", item) if len(home) > 1 else item)
 
     return clean(value)
 
