@@ -12,6 +12,7 @@ SHELL := bash
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
 unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
 unexport QUANT CONVERTER REPO DRY_RUN PUBLIC
+unexport JSON
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -50,6 +51,7 @@ export SFT_CONVERTER = $(value CONVERTER)
 export SFT_REPO = $(value REPO)
 export SFT_DRY_RUN = $(value DRY_RUN)
 export SFT_PUBLIC = $(value PUBLIC)
+export SFT_JSON = $(value JSON)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -75,8 +77,8 @@ help: ## list the targets (make alone does too)
 	    /^#: / { print "  " substr($$0, 4) }' $(firstword $(MAKEFILE_LIST))
 
 ##@ Set up
-.PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON=
+.PHONY: install ready setup-dirs quickstart sample-data download-model check support-bundle
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON= FORCE=1
 	@env/install.sh
 
 ready:
@@ -94,8 +96,11 @@ sample-data: ready ## write the sample task to data/sample
 download-model: ready ## fetch the model, to work offline afterwards   MODEL= CONFIG=
 	@$(PY) scripts/download_model.py
 
-check: ## is this machine ready: Python, packages, GPU, disk, memory, config, data
+check: ## is this machine ready, and what mends it: packages, GPU, disk, memory, config, data   CONFIG= RAW= GPU_GB= JSON=1
 	@$(ANY_PY) scripts/check.py
+
+support-bundle: ## one zip for a bug report: check, stamp, config, ends of logs; no rows, no secrets   RUN=
+	@$(ANY_PY) scripts/support_bundle.py
 
 ##@ Data
 .PHONY: process style render inspect full-pipeline
@@ -235,4 +240,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here
 #: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
 #: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
-#: REPO, PUBLIC, DRY_RUN for push
+#: REPO, PUBLIC, DRY_RUN for push                     JSON     1: make check as JSON

@@ -3,6 +3,7 @@
 #
 #   SFT_EXTRAS   dev, unsloth, data, json, serve, liger, gguf, harness, bench, wandb, trackio (commas or spaces between); what was asked for before stays
 #   SFT_TORCH    auto (default): the CPU-only build where there is no NVIDIA GPU and it can be had; cpu: only that build
+#   SFT_FORCE    1: take every package anew (a damaged one, or one that was removed or changed by hand)
 #   SFT_PYTHON   the Python that a new .venv is made with (default: the first of 3.11-3.13 on the PATH)
 #   --if-missing do nothing where the steps can already run
 set -euo pipefail
@@ -55,6 +56,24 @@ install_cpu_torch() {
     "$fetcher" pip install --python "$python" --torch-backend cpu -c env/constraints.txt torch
 }
 
+# a CPU-only torch fits the pins too, so it would stay on a machine that has a GPU by now
+cpu_torch_beside_gpu() {
+    local found
+    if [ "$torch" = cpu ] || ! sft_has_gpu; then return 1; fi
+    for found in "$environment"/lib/python3*/site-packages/torch-*+cpu.dist-info; do
+        if [ -e "$found" ]; then return; fi
+    done
+    return 1
+}
+
+uninstall() { # ARGUMENTS OF pip uninstall
+    if [ -n "$uv" ]; then
+        "$uv" pip uninstall --quiet --python "$python" "$@"
+    else
+        "$python" -m pip uninstall --quiet --yes --disable-pip-version-check "$@"
+    fi
+}
+
 if_missing=no
 case "${1:-}" in
     "") ;;
@@ -88,8 +107,10 @@ old_state="" old_extras="" old_torch=""
 if [ -f "$stamp" ]; then { read -r old_state; read -r old_extras; read -r old_torch; } <"$stamp" || true; fi
 extras=$(sorted_words "$wanted" "$old_extras" | tr '\n' ' ')
 state="$(cat pyproject.toml env/constraints.txt env/*.sh | cksum | tr ' ' '-') $PWD"
-if [ "$state" = "$old_state" ] && [ "$extras" = "${old_extras:+$old_extras }" ] && [ -x "$python" ] &&
-    { [ "$torch" = auto ] || [ "$old_torch" = cpu ]; }; then
+again=yes
+case "${SFT_FORCE:-}" in "" | 0 | no | false) again=no ;; esac
+if [ "$again" = no ] && [ "$state" = "$old_state" ] && [ "$extras" = "${old_extras:+$old_extras }" ] && [ -x "$python" ] &&
+    { [ "$torch" = auto ] || [ "$old_torch" = cpu ]; } && ! cpu_torch_beside_gpu; then
     say "up to date ($environment; extras: ${old_extras:-none})"
     exit 0
 fi
@@ -98,6 +119,7 @@ started=$(date +%s)
 uv=$(command -v uv || true)
 # uv has its own variable for pip's find-links, with commas
 if [ -n "$uv" ] && [ -z "${UV_FIND_LINKS:-}" ] && [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${PIP_FIND_LINKS// /,}"; fi
+if [ "$again" = yes ] && [ "$environment" = "$PWD/.venv" ]; then rm -f "$stamp" "$python"; fi # so that it is made anew
 if ! sft_supported "$python"; then
     if [ "$environment" != "$PWD/.venv" ]; then
         fail 4 "the active environment $environment has no Python 3.11, 3.12 or 3.13" "activate one that has, or deactivate it (then .venv is made)"
@@ -106,6 +128,12 @@ if ! sft_supported "$python"; then
 fi
 say "into $environment with ${uv:-pip}${extras:+; extras: ${extras% }}"
 rm -f "$stamp"
+if [ "$again" = yes ] && [ "$environment" != "$PWD/.venv" ]; then
+    uninstall -r env/constraints.txt || say "some packages could not be removed; those that can be are taken anew"
+elif cpu_torch_beside_gpu; then
+    say "there is a GPU now: torch's CPU-only build makes room for the one with CUDA"
+    uninstall torch || true
+fi
 # off a terminal pip has no progress bar, only four lines a package
 quiet=""
 if ! [ -t 1 ]; then quiet=--quiet; fi

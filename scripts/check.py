@@ -12,7 +12,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,25 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, doctor_machine, doctor_packages, environment, files, scrubbing, trial
+from scripts.utils import (
+    command,
+    console,
+    doctor_config,
+    doctor_data,
+    doctor_hub,
+    doctor_machine,
+    doctor_packages,
+    doctor_trials,
+    environment,
+    files,
+    hardware,
+    model_store,
+    scrubbing,
+    trial,
+)
+from scripts.utils.config import load_config
 from scripts.utils.errors import MachineError, SFTError, UserError
-from scripts.utils.findings import MACHINE, Finding, fault, from_json, from_problem, ok
+from scripts.utils.findings import MACHINE, Finding, from_problem, ok
 
 if TYPE_CHECKING:
     from scripts.utils.hardware import Hardware
@@ -41,58 +57,54 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 def findings(arguments: argparse.Namespace) -> Iterator[Finding]:
-    """Every line, in order. The trials run beside one another from the start; the first line does not wait for them."""
+    """Every line, in order. The trials run beside one another from the start; the first lines do not wait for them."""
     missing = set(doctor_packages.missing(files.REPO_ROOT))
     config, about_config = load(arguments, missing)
     with contextlib.ExitStack() as running:
 
-        def begin(kind: str, *needed: str, **question: Any) -> trial.Trial | None:
-            if missing & {"torch", "numpy", "psutil", *needed}:
+        def begin(kind: str, **question: Any) -> trial.Trial | None:
+            if missing & doctor_trials.NEEDED[kind]:
                 return None
             begun = trial.start(kind, {"config": config.model_dump() if config else None, **question})
             running.callback(trial.stop, begun)
             return begun
 
         device = begin("device")
-        # on a Mac there is none, and a package that is missing has its line
-        quantised = begin("bitsandbytes", "bitsandbytes") if sys.platform != "darwin" else None
-        look, model, rows = None, None, None
+        quantised = begin("bitsandbytes") if sys.platform != "darwin" else None
+        model = rows = look = None
         if config:
-            from scripts.utils import doctor_hub, model_store
-
-            look = None if doctor_hub.why_offline() else doctor_hub.Look()
             model = model_store.present(config.model.name, config.model.revision)
-            if model:
-                rows = begin("rows", "transformers", "peft", "accelerate", model=str(model))
+            rows = begin("rows", model=str(model)) if model else None
+            look = None if doctor_hub.why_offline() else doctor_hub.Look()
         yield from machine()
         yield from doctor_packages.check(files.REPO_ROOT)
         if "torch" not in missing:
             yield from doctor_packages.torch_build()
-        hardware = yield from device_lines(device, arguments.seconds)
-        yield from lines_of(quantised, "bitsandbytes", "4-bit weights cannot be made", arguments.seconds)
+        found = yield from doctor_trials.device(device, arguments.seconds)
+        yield from doctor_trials.bitsandbytes(quantised, arguments.seconds)
         yield from about_config
         if config:
-            yield from config_lines(arguments, config, hardware, look)
-            yield from data_lines(config, rows, arguments.seconds, bool(model))
+            yield doctor_hub.model(config.model, look)
+            yield doctor_hub.token()
+            falls_back = yield from on_device(arguments, config, found)
+            yield doctor_config.run(config, arguments.config)
+            yield from doctor_data.raw(config)
+            yield from doctor_data.rendered(config)
+            yield from doctor_trials.rows(rows, arguments.seconds, config, falls_back)
+            if not model:
+                yield ok("rows", f"looked at once {config.model.name} is on this disk (make download-model)")
 
 
 def load(arguments: argparse.Namespace, missing: set[str]) -> tuple[Config | None, list[Finding]]:
-    """The config, and the lines about it."""
-    if missing & {"pydantic", "pyyaml"}:
+    """The config, and the lines about it; None where it is wrong, or where what reads it is not installed."""
+    if missing & {"pydantic", "pyyaml", "huggingface-hub"}:
         return None, []
-    from scripts.utils.config import load_config
-
-    flags = {
-        "data.raw": arguments.raw or command.from_make("RAW"),
-        "model.name": arguments.model or command.from_make("MODEL"),
-    }
-    flags["run.name"] = arguments.run or command.from_make("RUN")
+    given = {"data.raw": ("raw", "RAW"), "model.name": ("model", "MODEL"), "run.name": ("run", "RUN")}
+    flags = {key: getattr(arguments, flag) or command.from_make(name) for key, (flag, name) in given.items()}
     try:
         config = load_config(arguments.config, arguments.set, flags)
     except SFTError as problem:
         return None, [from_problem("config", "config-wrong", problem)]
-    from scripts.utils import doctor_config
-
     named = list(doctor_config.named_files(config))
     return config, [*named, *([] if named else [doctor_config.summary(arguments.config, config)])]
 
@@ -106,74 +118,18 @@ def machine() -> Iterator[Finding]:
     yield from doctor_machine.access()
 
 
-def device_lines(begun: trial.Trial | None, seconds: float) -> Iterator[Finding]:
-    """The device, then its attention; returns the ``Hardware``, or None where torch could not say."""
-    if begun is None:
-        return None
-    from scripts.utils.hardware import Hardware, best_precision
-
-    ended = trial.finish(begun, seconds)
-    known = ended.get("machine")
-    if known is None:
-        yield fault("device", "torch-broken", f"torch does not start: {ended.reason}", doctor_packages.mend())
-        return None
-    capability = tuple(known.pop("capability") or ()) or None
-    found: Hardware = Hardware(**known, capability=capability)
-    precision, why = best_precision(found)
-    yield ok("device", f"{found.device}: {found.name}, {console.size(found.memory)}; {precision} ({why})")
-    if found.device == "cpu" and doctor_packages.wants_cuda():
-        hint = "run nvidia-smi and reboot after an update of the driver; in a container: --gpus all"
-        yield fault("device", "gpu-not-seen", "there is an NVIDIA card, but torch finds none", hint)
-    yield from (from_json(line["finding"]) for line in ended.said if "finding" in line)
-    if ended.reason:
-        hint = 'SET="model.attention=eager", and please report it (make support-bundle)'
-        yield fault("attention", "attention-crashes", f"attention cannot be run: {ended.reason}", hint)
-    return found
-
-
-def lines_of(begun: trial.Trial | None, topic: str, failed: str, seconds: float) -> Iterator[Finding]:
-    """What a trial found, and how it ended where it did not end well."""
-    if begun is None:
-        return
-    ended = trial.finish(begun, seconds)
-    yield from (from_json(line["finding"]) for line in ended.said if "finding" in line)
-    if ended.reason:
-        yield fault(topic, f"{topic}-crashes", f"{failed}: {ended.reason}", doctor_packages.mend())
-
-
-def config_lines(arguments: argparse.Namespace, config: Config, found: Hardware | None, look: Any) -> Iterator[Finding]:
-    from scripts.utils import doctor_config, doctor_hub, hardware
-
-    yield doctor_hub.model(config.model, look)
-    yield doctor_hub.token()
+def on_device(arguments: argparse.Namespace, config: Config, found: Hardware | None) -> Generator[Finding, None, bool]:
+    """The config against the device (for the memory: against that of GPU_GB); returns whether bitsandbytes will run."""
     yield from doctor_config.trackers(config)
-    if found:
-        yield from doctor_config.precision(config, found)
-        try:
-            planned = hardware.imagined(arguments.gpu_gb) if arguments.gpu_gb else found
-        except SFTError as problem:
-            yield from_problem("plan", "gpu-gb", problem)
-        else:
-            yield from doctor_config.plan(config, planned)
-        yield from doctor_config.unsloth(config, found)
-    yield doctor_config.run(config, arguments.config)
-
-
-def data_lines(config: Config, rows: trial.Trial | None, seconds: float, model: bool) -> Iterator[Finding]:
-    from scripts.utils import doctor_config, doctor_data
-
-    yield from doctor_data.raw(config)
-    yield from doctor_data.rendered(config)
-    if rows is None:
-        if not model:
-            yield ok("rows", f"rendered here once {config.model.name} is on this disk (make download-model)")
-        return
-    ended = trial.finish(rows, seconds)
-    if config.tuning.backend == "bitsandbytes" and (taken := ended.get("attention")):
-        yield doctor_config.attention(config, taken)
-    yield from (from_json(line["finding"]) for line in ended.said if "finding" in line)
-    if ended.reason:
-        yield fault("rows", "rows-crash", f"the first rows cannot be looked at: {ended.reason}", doctor_packages.mend())
+    if found is None:
+        return True
+    yield from doctor_config.precision(config, found)
+    try:
+        planned = hardware.imagined(arguments.gpu_gb) if arguments.gpu_gb else found
+        yield from doctor_config.plan(config, planned)
+    except SFTError as problem:
+        yield from_problem("plan", "gpu-gb", problem)
+    return (yield from doctor_config.unsloth(config, found))
 
 
 def work(arguments: argparse.Namespace) -> int | None:

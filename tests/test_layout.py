@@ -19,10 +19,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
 errors schema console environment template_child scoring overlap intervals
-workers
+workers findings
 files yaml_text gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
-hardware safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
-arrow_rows unsloth_probe
+hardware safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished scrubbing trial doctor_machine
+arrow_rows unsloth_probe bundle doctor_packages
 config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
 packing planning offload fused_kernels
@@ -30,16 +30,16 @@ attention
 loss backends answer_cache
 data_hub reading hub_push
 model_store schedule
-model_card
-adapters tally sources unsloth_child shown grouping row_losses
+model_card doctor_hub doctor_config
+adapters tally sources unsloth_child shown grouping row_losses doctor_trials
 data_report run_report_curves run_report_facts run_report_style run_report_words
 spool run_report_rows run_report_scores
 run_report_warnings run_report_cards
 run_report_page
 rendered training trained generation initial run_report
 rendering token_store streaming served answering
-callbacks merging merge_proof evaluation speaking engine_child self_test held_out gguf_tokenizer exporting go_template
-comparison side_by_side harness_tasks harness_model conversation merge_layers gguf_export modelfile
+callbacks merging merge_proof evaluation speaking engine_child self_test held_out gguf_tokenizer exporting go_template doctor_data
+comparison side_by_side harness_tasks harness_model conversation merge_layers gguf_export modelfile trial_child
 chat_session gguf_proof
 """
 

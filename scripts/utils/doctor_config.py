@@ -4,7 +4,7 @@ Imports nothing heavy: what torch and transformers say of this machine comes fro
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,28 +104,29 @@ def plan(config: "Config", machine: Hardware) -> Iterator[Finding]:
             yield fault("plan", "memory-too-small", made.verdict(), hint)
 
 
-def unsloth(config: "Config", machine: Hardware) -> Iterator[Finding]:
-    """What Unsloth's own trial says, where the config asks for it; it renews what train remembers of it."""
+def unsloth(config: "Config", machine: Hardware) -> Generator[Finding, None, bool]:
+    """What Unsloth's own trial says, where the config asks for it (train's memory of it is renewed); returns whether
+    bitsandbytes will run."""
     if config.tuning.backend != "unsloth":
-        return
+        return True
     model = model_store.present(config.model.name, config.model.revision)
     if model is None:
         text = f"Unsloth can be tried once {config.model.name} is on this disk"
         yield warning("backend", "unsloth-untried", text, "make download-model")
-        return
+        return False
     found = unsloth_probe.verdict(config, model, fresh=True)
     if found.works:
         slow = "; on a CPU it is no faster than bitsandbytes" if machine.device == "cpu" else ""
-        text = f"unsloth: {found.tried} works in {found.precision}{slow}; attention {found.attention or 'of its choice'}, xformers {found.xformers}"
-        yield ok("backend", text)
-        return
-    never = config.tuning.fallback == "never"
+        how = f"attention {found.attention or 'of its choice'}, xformers {found.xformers}"
+        yield ok("backend", f"unsloth: {found.tried} works in {found.precision}{slow}; {how}")
+        return False
+    never, remedy = config.tuning.fallback == "never", backend_choice.remedy(found)
     text = f"Unsloth was asked for, but {found.reason}; {'nothing' if never else 'bitsandbytes'} will run"
-    remedy = backend_choice.remedy(found)
     if never:
         yield fault("backend", "unsloth-fails", text, f"{remedy}; or tuning.fallback: auto")
     else:
         yield warning("backend", "unsloth-fails", text, remedy)
+    return not never
 
 
 def run(config: "Config", path: str) -> Finding:
