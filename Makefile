@@ -57,7 +57,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # the active environment, else .venv (conda's base is not taken: it belongs to all projects)
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
-export SFT_ENV_PYTHON := $(or $(ACTIVE),.venv)/bin/python
+# Windows, in the shell that comes with git, keeps an environment's programs elsewhere
+export SFT_ENV_PYTHON := $(or $(ACTIVE),.venv)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 PY = "$$SFT_ENV_PYTHON"
 # for what must work before install too
 export SFT_ANY_PYTHON := $(or $(wildcard $(SFT_ENV_PYTHON)),python3)
@@ -78,7 +79,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check support-bundle
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON= FORCE=1
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu|cuda PYTHON= FORCE=1
 	@env/install.sh
 
 ready:
@@ -212,9 +213,8 @@ bench-data: ## rows/s and memory of process, style and render beside datasets.ma
 	@env/install.sh
 	@$(PY) -m benchmarks.data
 
-lint: install-dev ## ruff, mypy, shellcheck
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && \
-	    "$${SFT_ENV_PYTHON%python}shellcheck" -x workflows/*.sh env/*.sh .ci/run
+lint: install-dev ## ruff, mypy, shellcheck, hadolint
+	@env/lint.sh
 
 format: install-dev ## let ruff mend what it can
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .

@@ -12,6 +12,11 @@ sft_environment() {
     fi
 }
 
+# where an environment keeps its programs; on Windows (in the shell that comes with git) under another name
+sft_bin() { # FOLDER
+    if [ "${OS:-}" = Windows_NT ]; then printf '%s\n' "$1/Scripts"; else printf '%s\n' "$1/bin"; fi
+}
+
 # true for a Python that the project runs on
 sft_supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
 

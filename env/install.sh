@@ -2,7 +2,8 @@
 # Install the project and what it needs: with uv if present, else with pip; into the active environment, else .venv.
 #
 #   SFT_EXTRAS   dev, unsloth, data, json, serve, liger, gguf, harness, bench, wandb, trackio (commas or spaces between); what was asked for before stays
-#   SFT_TORCH    auto (default): the CPU-only build where there is no NVIDIA GPU and it can be had; cpu: only that build
+#   SFT_TORCH    auto (default): the CPU-only build where there is no NVIDIA GPU and it can be had; cpu: only that build;
+#                cuda: the build with CUDA, card or not (an image that is built on another machine)
 #   SFT_FORCE    1: take every package anew (a damaged one, or one that was removed or changed by hand)
 #   SFT_PYTHON   the Python that a new .venv is made with (default: the first of 3.11-3.13 on the PATH)
 #   --if-missing do nothing where the steps can already run
@@ -59,8 +60,8 @@ install_cpu_torch() {
 # a CPU-only torch fits the pins too, so it would stay on a machine that has a GPU by now
 cpu_torch_beside_gpu() {
     local found
-    if [ "$torch" = cpu ] || ! sft_has_gpu; then return 1; fi
-    for found in "$environment"/lib/python3*/site-packages/torch-*+cpu.dist-info; do
+    if ! for_gpu; then return 1; fi
+    for found in "$environment"/lib/python3*/site-packages/torch-*+cpu.dist-info "$environment"/Lib/site-packages/torch-*+cpu.dist-info; do
         if [ -e "$found" ]; then return; fi
     done
     return 1
@@ -82,7 +83,8 @@ case "${1:-}" in
 esac
 
 torch=${SFT_TORCH:-auto}
-case "$torch" in auto | cpu) ;; *) fail 2 "TORCH=$torch" "TORCH is auto or cpu" ;; esac
+case "$torch" in auto | cpu | cuda) ;; *) fail 2 "TORCH=$torch" "TORCH is auto, cpu or cuda" ;; esac
+for_gpu() { [ "$torch" = cuda ] || { [ "$torch" = auto ] && sft_has_gpu; }; }
 sorted_words() { printf '%s\n' "$*" | tr -s ', ' '\n' | sed '/^$/d' | sort -u; }
 wanted=$(sorted_words "${SFT_EXTRAS:-}")
 for extra in $wanted; do
@@ -93,11 +95,11 @@ for extra in $wanted; do
 done
 
 environment=$(sft_environment)
-python=$environment/bin/python
+python=$(sft_bin "$environment")/python
 stamp=$environment/.sft-play-installed
 
 if [ "$if_missing" = yes ] && [ -x "$python" ]; then
-    for found in "$environment"/lib/python3*/site-packages/transformers-*.dist-info "$stamp"; do
+    for found in "$environment"/lib/python3*/site-packages/transformers-*.dist-info "$environment"/Lib/site-packages/transformers-*.dist-info "$stamp"; do
         if [ -e "$found" ]; then exit 0; fi
     done
 fi
@@ -110,7 +112,7 @@ state="$(cat pyproject.toml env/constraints.txt env/*.sh | cksum | tr ' ' '-') $
 again=yes
 case "${SFT_FORCE:-}" in "" | 0 | no | false) again=no ;; esac
 if [ "$again" = no ] && [ "$state" = "$old_state" ] && [ "$extras" = "${old_extras:+$old_extras }" ] && [ -x "$python" ] &&
-    { [ "$torch" = auto ] || [ "$old_torch" = cpu ]; } && ! cpu_torch_beside_gpu; then
+    { [ "$torch" != cpu ] || [ "$old_torch" = cpu ]; } && ! cpu_torch_beside_gpu; then
     say "up to date ($environment; extras: ${old_extras:-none})"
     exit 0
 fi
@@ -119,7 +121,15 @@ started=$(date +%s)
 uv=$(command -v uv || true)
 # uv has its own variable for pip's find-links, with commas
 if [ -n "$uv" ] && [ -z "${UV_FIND_LINKS:-}" ] && [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${PIP_FIND_LINKS// /,}"; fi
-if [ "$again" = yes ] && [ "$environment" = "$PWD/.venv" ]; then rm -f "$stamp" "$python"; fi # so that it is made anew
+aside=$PWD/.cache/venv-before
+restore() { # what worked before comes back where the new one cannot be made
+    if [ -d "$aside" ] && [ ! -f "$stamp" ]; then rm -rf "$environment" && mv "$aside" "$environment"; fi
+    rm -rf "$aside"
+}
+if [ "$again" = yes ] && [ "$environment" = "$PWD/.venv" ] && [ -d "$environment" ]; then
+    mkdir -p .cache && rm -rf "$aside" && mv "$environment" "$aside"
+    trap restore EXIT
+fi
 if ! sft_supported "$python"; then
     if [ "$environment" != "$PWD/.venv" ]; then
         fail 4 "the active environment $environment has no Python 3.11, 3.12 or 3.13" "activate one that has, or deactivate it (then .venv is made)"
@@ -139,7 +149,7 @@ quiet=""
 if ! [ -t 1 ]; then quiet=--quiet; fi
 
 torch_build=default
-if [ "$torch" = cpu ] || { [ "$(uname -s)" = Linux ] && ! sft_has_gpu; }; then
+if [ "$torch" = cpu ] || { [ "$(uname -s)" = Linux ] && ! for_gpu; }; then
     if [ "$(uname -s)" = Darwin ]; then
         torch_build=cpu # there is no other build
     elif install_cpu_torch; then
@@ -157,7 +167,7 @@ options=(-c env/constraints.txt --only-binary :all: --no-binary rouge-score --no
 project_extras=$extras
 case " $extras" in
     *" unsloth "*)
-        if ! sft_has_gpu; then
+        if ! for_gpu; then
             # most of its dependencies are for GPUs only; with these two it trains on a CPU as well
             say "no GPU here: unsloth comes without its GPU-only dependencies"
             { install --no-deps -c env/constraints.txt "unsloth==$(pinned unsloth)" "unsloth_zoo==$(pinned unsloth-zoo)" &&

@@ -81,17 +81,11 @@ def why_kept(run: Path, *, force: bool) -> str:
 
 
 def _is_locked(path: Path) -> bool:
-    import fcntl
-
     try:
         with path.open("a+") if path.exists() else contextlib.nullcontext() as file:
-            if file is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return file is not None and not files.try_lock(file)
     except OSError:
         return False
-    return False
 
 
 def size_of(path: Path) -> int:

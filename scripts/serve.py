@@ -112,17 +112,17 @@ def engine(question: Question) -> "Iterator[subprocess.Popen[bytes]]":
         stdin=subprocess.DEVNULL,
         stdout=2,  # its log is no result, so to stderr
         start_new_session=True,  # a Ctrl-C on the terminal reaches it through this process only
-        preexec_fn=servers.die_with_parent,  # noqa: PLW1509 - this process has no threads
+        preexec_fn=servers.in_child,  # noqa: PLW1509 - this process has no threads
     )
-    signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     try:
         yield child
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave anything behind
         if child.poll() is None:
             servers.end(child, signal.SIGINT)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        servers.kill_session(child)
 
 
 def wait_until_up(child: "subprocess.Popen[bytes]", question: Question) -> int:

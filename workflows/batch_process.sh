@@ -8,4 +8,4 @@ root=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/env/install.sh" --if-missing
 # paths in the arguments are relative to the caller's folder, so this does not leave it
 environment=$(cd "$root" && sft_environment)
-exec "$environment/bin/python" "$root/scripts/batch.py" "$@"
+exec "$(sft_bin "$environment")/python" "$root/scripts/batch.py" "$@"

@@ -61,8 +61,8 @@ check_machine() {
     lacking=no
     heading "What this needs"
     environment=$(sft_environment)
-    if sft_supported "$environment/bin/python"; then
-        present "$("$environment/bin/python" --version) in $environment"
+    if sft_supported "$(sft_bin "$environment")/python"; then
+        present "$("$(sft_bin "$environment")/python" --version) in $environment"
         needed=2
     elif python=$(sft_find_python); then
         present "$("$python" --version) ($python)"
@@ -155,7 +155,7 @@ extras=${SFT_EXTRAS:-}
 if [ "$backend" = unsloth ]; then extras="$extras unsloth"; fi
 # TORCH=auto takes the CPU-only build where there is no NVIDIA GPU
 step install env SFT_EXTRAS="$extras" env/install.sh
-python=$environment/bin/python
+python=$(sft_bin "$environment")/python
 installed=$(date +%s)
 use
 if [ "$data" = data/sample ] && ! [ -e data/sample/train.jsonl ]; then step sample-data "$python" scripts/sample_data.py; fi

@@ -1,6 +1,7 @@
 """Which backend a run takes, decided before anything heavy is imported; a fallback comes with its reason and remedy."""
 
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,4 +84,7 @@ def restart_with_bitsandbytes(config: "Config", choice: BackendChoice, reason: s
     os.environ[REASON_VARIABLE], os.environ[XFORMERS_VARIABLE] = reason, choice.xformers or ""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    words = [sys.executable, *sys.orig_argv[1:]]
+    if os.name != "posix":  # there, exec starts a second process and ends this one, which make waits for
+        raise SystemExit(subprocess.run(words).returncode)
+    os.execv(sys.executable, words)

@@ -168,7 +168,10 @@ def load_for_training(
     checkpointing = config.train.gradient_checkpointing is True
     quantised = config.tuning.mode == "qlora"
     if quantised and hardware.device == "mps":
-        raise MachineError("bitsandbytes has no 4-bit layers for Apple GPUs", "use tuning.mode: lora")
+        raise MachineError(
+            "tuning.mode qlora needs 4-bit layers, which bitsandbytes does not have for Apple GPUs",
+            f'SET="tuning.mode=lora" trains an adapter on the whole model in {precision}; make plan says whether it fits',
+        )
     attention = config.model.attention
     if attention == "auto" and (xformers or "").startswith("off"):
         attention = "sdpa"

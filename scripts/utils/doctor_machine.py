@@ -32,8 +32,8 @@ def system() -> Finding:
     """Which system this is, and what is known of it."""
     name = f"{platform.system()} {platform.release()}, {platform.machine()}"
     if sys.platform == "win32":
-        text = f"{name}: steps need what only Linux, macOS and WSL have (locks, limits on strangers' templates)"
-        return fault("system", "windows", text, "use WSL 2: wsl --install, then clone into its own file system")
+        text = f"{name}: written for, but never tried, and strangers' templates have no limit on their memory here"
+        return warning("system", "windows", text, "WSL 2 is the safer way: wsl --install, then clone inside it")
     if "microsoft" in platform.release().lower():
         if str(Path.cwd()).startswith("/mnt/"):
             text = f"{name}: {Path.cwd()} lies on the Windows disk, which is many times slower from here"
@@ -135,8 +135,8 @@ def access() -> Iterator[Finding]:
             refused.append(name)
             yield fault("access", *found)
     if found := why_not_writable(cache()):
-        name, text, hint = found
-        yield warning("access", "cache-" + name, f"{text}; what is fetched or measured cannot be kept", hint)
+        text = f"{found[1]}; what is fetched or measured cannot be kept"
+        yield warning("access", "cache-unwritable", text, found[2])
     elif not refused:
         yield ok("access", f"{', '.join(_WRITTEN)} and the cache can be written")
 

@@ -104,9 +104,10 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Make every file and folder in ``folder`` survive a power loss."""
+    mode = "rb" if os.name == "posix" else "r+b"  # Windows syncs only what is open for writing
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
+            with path.open(mode) as file:
                 os.fsync(file.fileno())
         elif path.is_dir():
             sync_folder(path)
@@ -228,26 +229,40 @@ def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[None]:
 
     Waits up to ``wait_seconds`` for another holder, then raises ``RefusedError``.
     """
-    import fcntl
-
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     with file:
         deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise RefusedError(
-                        f"{what} is in use by another process (lock {path.absolute()})",
-                        "wait until it ends, or choose another name with RUN=…",
-                    ) from None
-                time.sleep(0.2)
+        while not try_lock(file):
+            if time.monotonic() >= deadline:
+                raise RefusedError(
+                    f"{what} is in use by another process (lock {path.absolute()})",
+                    "wait until it ends, or choose another name with RUN=…",
+                )
+            time.sleep(0.2)
         yield
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file unless another process has it; it is free again when the file is closed or the process ends."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)  # one byte is locked, from here on
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")

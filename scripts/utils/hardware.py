@@ -48,7 +48,7 @@ def detect() -> Hardware:
         )
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available():
-        return Hardware("mps", platform.processor() or "Apple GPU", memory)
+        return Hardware("mps", platform.processor() or "Apple GPU", memory, driver=f"macOS {platform.mac_ver()[0]}")
     measured = measure_cpu(files.REPO_ROOT / ".cache" / "cpu.json")
     torch.set_num_threads(measured.threads)
     name = f"{cpu_name()}, {measured.threads} threads"
@@ -166,7 +166,12 @@ def supported(precision: Precision, hardware: Hardware) -> tuple[bool, str]:
             return False, f"{hardware.name} (capability {major}.{minor}) has no fp16 arithmetic"
         return True, f"{hardware.name} supports {precision}"
     if hardware.device == "mps":
-        return (True, "MPS supports bf16") if precision == "bf16" else (False, "gradient scaling for fp16 needs CUDA")
+        if precision == "fp16":
+            return False, "gradient scaling for fp16 needs CUDA"
+        release = (hardware.driver or "").removeprefix("macOS ").partition(".")[0]
+        if release.isdigit() and int(release) < 14:
+            return False, f"bf16 on an Apple GPU needs macOS 14, this is {hardware.driver}"
+        return True, "MPS supports bf16"
     if precision == "fp16":
         return False, "fp16 does not train on a CPU"
     return True, "bf16 runs on this CPU"

@@ -46,6 +46,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+# for Popen's preexec_fn, which other systems may not have at all
+in_child = die_with_parent if sys.platform == "linux" else None
+
+
 def end(process: "subprocess.Popen[bytes]", first: int = signal.SIGTERM, seconds: float = 5) -> None:
     """Ask a child to end, and make it after ``seconds``."""
     process.send_signal(first)

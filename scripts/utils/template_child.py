@@ -77,6 +77,8 @@ def _import_renderer() -> None:
 
 
 def _set_limits() -> None:
+    if importlib.util.find_spec("resource") is None:
+        return  # Windows: the parent's clock remains, and its limit on the output
     import resource
 
     with open(os.devnull, "wb") as nowhere:
@@ -92,6 +94,8 @@ def _set_limits() -> None:
 
 def _allow_cpu(seconds: float) -> None:
     """Processor time for this call: it ends a loop whose parent has died without stopping it."""
+    if importlib.util.find_spec("resource") is None:
+        return
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -71,13 +71,14 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            cwd="/",
+            cwd=os.path.abspath(os.sep),
             env=environment,
             start_new_session=True,  # Ctrl-C is the parent's
         )
         assert self.process.stdin and self.process.stdout
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.stdin, False)
+        if hasattr(select, "poll"):
+            os.set_blocking(self.stdin, False)
         try:
             self.ask(template, _START_SECONDS)
         except (_Stopped, OSError):
@@ -91,6 +92,8 @@ class _Child:
     def ask(self, question: Any, seconds: float) -> bytes:
         """One line there, one line back; raises ``_Stopped`` at the limits and ``OSError`` when the child ends."""
         line = json.dumps(question).encode() + b"\n"  # before anything is sent: it may not be JSON at all
+        if not hasattr(select, "poll"):  # Windows
+            return self._ask_in_thread(line, seconds)
         deadline = time.monotonic() + seconds
         unsent, got, poll = memoryview(line), bytearray(), select.poll()
         poll.register(self.stdin, select.POLLOUT)
@@ -112,6 +115,34 @@ class _Child:
                 got += chunk
                 if len(got) > OUTPUT:
                     raise _Stopped(f"it wrote more than {OUTPUT >> 20} MiB for one conversation")
+        return bytes(got)
+
+    def _ask_in_thread(self, line: bytes, seconds: float) -> bytes:
+        """As ``ask``, where pipes cannot be polled: a thread of its own waits, and ends when the child is killed."""
+        got, problems = bytearray(), list[OSError]()
+
+        def exchange() -> None:
+            unsent = memoryview(line)
+            try:
+                while unsent:
+                    unsent = unsent[os.write(self.stdin, unsent) :]
+                while not got.endswith(b"\n") and len(got) <= OUTPUT:
+                    chunk = os.read(self.stdout, 1 << 18)
+                    if not chunk:
+                        raise BrokenPipeError
+                    got.extend(chunk)
+            except OSError as problem:
+                problems.append(problem)
+
+        thread = threading.Thread(target=exchange, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            raise _Stopped(f"it took longer than {seconds:g} s for one conversation")
+        if problems:
+            raise problems[0]
+        if len(got) > OUTPUT:
+            raise _Stopped(f"it wrote more than {OUTPUT >> 20} MiB for one conversation")
         return bytes(got)
 
     def end(self) -> str:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import console, files, hardware
+from scripts.utils import console, files, hardware, servers
 from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def _ask(question: dict[str, Any], seconds: float) -> tuple[Verdict, str]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            servers.kill_session(child)
             child.wait()
         output.seek(0)
         lines = output.read().decode(errors="replace").splitlines()
