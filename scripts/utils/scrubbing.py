@@ -26,8 +26,10 @@ SECRET_NAME = re.compile(
     r"COOKIE|WEBHOOK|(?:^|_)(?:KEY|PAT|DSN|AUTH)(?:$|_)",
     re.IGNORECASE,
 )
+# a token may stand right behind the last letter of an escape: %3D, \n, \u003d
+_ESCAPE = r"(?<=%[0-9A-Fa-f]{2})|(?<=\\[nrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=\\x[0-9A-Fa-f]{2})"
 TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:"
+    rf"(?:(?<![A-Za-z0-9])|{_ESCAPE})(?:"
     r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|"  # the model hub
     r"sk-[A-Za-z0-9_-]{16,}|gsk_[A-Za-z0-9]{16,}|AIza[A-Za-z0-9_-]{20,}|ya29\.[A-Za-z0-9_.-]{16,}|"
     r"gh[opsru]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|glpat-[A-Za-z0-9_-]{16,}|npm_[A-Za-z0-9]{16,}|pypi-[A-Za-z0-9_-]{16,}|"
@@ -37,9 +39,8 @@ TOKEN = re.compile(
     r")"
 )
 # a wandb key is 40 hexadecimal digits; so is a git commit, which the bundle shortens before it comes here
-_HEX_KEY = re.compile(r"(?<![0-9A-Fa-f])[0-9a-f]{40}(?![0-9A-Fa-f])")
+_HEX_KEY = re.compile(rf"(?:(?<![0-9A-Fa-f])|{_ESCAPE})[0-9a-f]{{40}}(?![0-9A-Fa-f])")
 _PRIVATE_KEY = re.compile(r"-----BEGIN[ A-Z]*PRIVATE KEY-----.*?(?:-----END[ A-Z]*PRIVATE KEY-----|\Z)", re.DOTALL)
-_SCHEME = r"(?::|%3a)(?:/|\\/|%2f){2}"
 # 40 letters of base64, as the secret half of an AWS key has it, where no name stands before it
 _BASE64_KEY = re.compile(
     r"(?<![A-Za-z0-9/+])(?=[A-Za-z0-9/+]{0,39}[A-Z])(?=[A-Za-z0-9/+]{0,39}[a-z])(?=[A-Za-z0-9/+]{0,39}\d)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
@@ -48,7 +49,7 @@ _BASE64_KEY = re.compile(
 _IN_ADDRESS = re.compile(r"((?::|%3a)(?:\\*/|%2f){2})[^\s/\"'<>\\]{1,500}(?:@|%40)", re.IGNORECASE)
 # name=value, name: value, "name": "value", --name value
 _NAMED = re.compile(
-    r"(?P<name>(?:(?<![A-Za-z])|(?<=_))(?:token|secret|passw(?:or)?d|passphrase|pass|pwd|api[_-]?key|access[_-]?key|"
+    rf"(?P<name>(?:(?<![A-Za-z])|{_ESCAPE})(?:token|secret|passw(?:or)?d|passphrase|pass|pwd|api[_-]?key|access[_-]?key|"
     r"private[_-]?key|credentials?|cookie|signature|sig|auth|authorization)(?![A-Za-z])[\w-]{0,40}"
     r"(?:\\*[\"'])?(?:\s*(?:=|:|%3d|%3a)\s*|(?<=[-\w])\s+(?=\S*\d))(?:\\*[\"'])?(?:(?:bearer|basic)\s+)?)"
     r"[^\s\"'&,;<>\\{}\[\]()]{6,}",
@@ -86,9 +87,7 @@ def known_secrets(root: Path = REPO_ROOT) -> list[str]:
 def known_names() -> list[str]:
     """Names that tell whose machine this is: the user's, the home folder's, the machine's."""
     names = {Path.home().name, socket.gethostname(), socket.gethostname().partition(".")[0]}
-    with contextlib.suppress(
-        OSError, KeyError, ImportError
-    ):  # a user that the system has no name for, as in a container
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container may have no name for its user
         names.add(getpass.getuser())
     return sorted((name for name in names if len(name) >= 3 and name.lower() not in _ORDINARY), key=len, reverse=True)
 
@@ -152,6 +151,9 @@ def _spelling(letter: str) -> str:
     ways.append(f"(?i:%25{octets[1:].replace('%', '%25')})")  # quoted twice
     units = letter.encode("utf-16-be", "surrogatepass")
     ways.append("(?i:" + "".join(rf"\\+u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2)) + ")")
+    ways.append(
+        rf"(?i:\\+U{ord(letter):08x}" + (rf"|\\+x{ord(letter):02x}" if ord(letter) < 256 else "") + ")"
+    )  # Python's
     ways.append(f"(?i:&#(?:{ord(letter)}|x0*{ord(letter):x});)")
     ways += [re.escape(name) for name in _HTML.get(letter, ())]
     if letter == " ":
