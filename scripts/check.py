@@ -145,12 +145,16 @@ def work(arguments: argparse.Namespace) -> int | None:
         console.result(as_json(arguments, found, code, time.monotonic() - began))
         return code
     counts = [sum(finding.state == state for finding in found) for state in ("error", "warning")]
-    console.note("check", f"{counts[0]} errors, {counts[1]} warnings, in {time.monotonic() - began:.0f} s")
+    console.note("check", f"{counted(*counts)}, in {time.monotonic() - began:.0f} s")
     if code:
         words = "mend the lines that begin with error, then: make check"
         which = "this machine is" if code == MACHINE else "the config or the data is"
         raise (MachineError if code == MACHINE else UserError)(f"{which} not ready (see above)", words)
     return None
+
+
+def counted(errors: int, warnings: int) -> str:
+    return f"{errors} error{'' if errors == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}"
 
 
 def show(finding: Finding) -> None:

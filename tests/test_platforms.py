@@ -38,7 +38,7 @@ NOT_PORTABLE = {
     "GNU sort": r"\bsort\s+-\w*V",
     "GNU cp, ls, du, df, mktemp, head, tail, tr, cut": r"\b(?:cp|ls|du|df|mktemp|head|tail|tr|cut|sort|mkdir|rm|mv)\s+--[a-z]",
     "head with all but": r"\bhead\s+-[nc]\s*-",
-    "tools that macOS lacks": r"(?<![\w./-])(?:nproc|timeout|tac|seq|shuf|sha256sum|md5sum|setsid|free|numfmt)\s",
+    "tools that macOS lacks": r"(?:^|[|;&({`]|\b(?:if|then|do|exec)\s)\s*(?:nproc|timeout|tac|seq|shuf|sha256sum|md5sum|setsid|free|numfmt)(?:\s|\)|$)",
     "echo -e": r"\becho\s+-[en]",
 }  # fmt: skip
 MAKE_4 = {
@@ -82,7 +82,7 @@ def test_the_makefile_uses_what_make_3_81_has():
     ("line", "what"),
     [
         ("sed -i s/a/b/ x", "GNU sed"), ("x=$(readlink -f y)", "readlink"), ("mapfile -t lines <x", "mapfile"), ("echo ${x,,}", "case"),
-        ("date +%s%N", "GNU date"), ("timeout 5 x", "lacks"), ("declare -A m", "arrays"), ("a |& b", "|&"), ("head -n -1 x", "all but"),
+        ("date +%s%N", "GNU date"), ("timeout 5 x", "lacks"), ("n=$(nproc)", "lacks"), ("declare -A m", "arrays"), ("a |& b", "|&"), ("head -n -1 x", "all but"),
         ("cp --parents a b", "GNU cp"), ("find . -printf x", "GNU find"), ("echo -e x", "echo"), ('case x in a) ;;&', ";;&"),
     ],
 )  # fmt: skip

@@ -3,6 +3,8 @@
 import base64
 import html
 import json
+import subprocess
+import sys
 import urllib.parse
 import zipfile
 from pathlib import Path
@@ -141,15 +143,8 @@ def test_a_bundle_holds_what_a_report_needs_and_no_secret_and_no_row(tmp_path):
 
 def test_a_bundle_is_made_where_nothing_is_installed_and_the_config_is_broken(tmp_path):
     (tmp_path / "broken.yaml").write_text("train: [")
-    import sys
-
-    words = [
-        sys.executable,
-        "-S",
-        ROOT / "scripts" / "support_bundle.py",
-        "--config",
-        "broken.yaml",
-    ]  # -S: no site-packages
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    words = [tmp_path / "empty" / "bin" / "python", ROOT / "scripts" / "support_bundle.py", "--config", "broken.yaml"]
     done = run(words, tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "outputs").glob("support-*.zip")
