@@ -157,3 +157,17 @@ def test_a_card_that_is_too_small_cuts_micro_batches_and_learns_the_same(project
     assert done.returncode == 0, done.stderr
     assert "every micro batch is cut into" in done.stderr
     assert losses("small") == pytest.approx(losses("roomy"), rel=1e-3)
+
+
+def test_the_doctor_runs_attention_and_four_bits_on_the_card(tmp_path: Path) -> None:
+    """Not yet run."""
+    (tmp_path / "run.yaml").write_text(f"include: {ROOT / 'configs' / 'base.yaml'}\n")
+    done = run([sys.executable, ROOT / "scripts" / "check.py", "--json", "--config", "run.yaml"], tmp_path)
+    found = {
+        f["topic"]: f
+        for f in json.loads(done.stdout)["findings"]
+        if f["topic"] in ("torch", "device", "attention", "bitsandbytes")
+    }
+    assert {topic: f["state"] for topic, f in found.items()} == dict.fromkeys(found, "ok")
+    assert found["device"]["text"].startswith("cuda: ") and "kernels: " in found["attention"]["text"]
+    assert "on cuda" in found["bitsandbytes"]["text"]

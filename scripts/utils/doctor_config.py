@@ -148,7 +148,7 @@ def run(config: "Config", path: str) -> Finding:
         known = stamp.read(name)
     except RefusedError as problem:
         return from_problem("run", "stamp-damaged", problem)
-    if known is None:
+    if not isinstance(known, dict):
         return ok("run", f"{name}: new")
     saved = checkpoints.listed(folder)
     if known.get("status") == "finished":

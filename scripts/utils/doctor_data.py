@@ -28,9 +28,7 @@ _SAME = "(same CONFIG and RAW)"
 def raw(config: "Config") -> Iterator[Finding]:
     """The raw files that the config names; a data set of the hub that is not here is not fetched for it."""
     data = config.data
-    named = [source.raw for source in data.sources] or [data.raw]
-    names = [name for part in named for name in ([part] if isinstance(part, str) else part)]
-    if absent := [name for name in names if name.startswith(data_hub.PREFIX) and not _fetched(name)]:
+    if absent := not_fetched(config):
         yield ok("data", f"{', '.join(absent)}: fetched when make process first reads it")
         return
     try:
@@ -55,10 +53,16 @@ def raw(config: "Config") -> Iterator[Finding]:
         yield warning("data", "split-missing", text, hint)
 
 
+def not_fetched(config: "Config") -> list[str]:
+    """The data sets of the hub that the config names and that are not on this disk."""
+    named = [source.raw for source in config.data.sources] or [config.data.raw]
+    names = [name for part in named for name in ([part] if isinstance(part, str) else part)]
+    return [name for name in names if name.startswith(data_hub.PREFIX) and not _fetched(name)]
+
+
 def _fetched(name: str) -> bool:
     owner = name.removeprefix(data_hub.PREFIX).replace("/", "--", 1)
-    folder = data_hub.cache_folder() / owner.partition("/")[0]
-    return model_folder.is_whole(folder)
+    return model_folder.is_whole(data_hub.cache_folder() / owner.partition("/")[0])
 
 
 def _readable(path: Path) -> bool:
@@ -128,6 +132,8 @@ class Looked:
 
 def first_rows(config: "Config", tokenizer: Any) -> Iterator[Finding]:
     """Render the first rows of the first files, and look at their masks and lengths."""
+    if not_fetched(config):
+        return
     try:
         template = chat.choose_template(tokenizer, config.render.template)
         for text in chat.template_warnings(template, tokenizer):

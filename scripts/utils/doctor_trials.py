@@ -4,12 +4,13 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from scripts.utils import console, doctor_config, doctor_packages, trial
-from scripts.utils.findings import Finding, fault, from_json, ok
+from scripts.utils.findings import Finding, fault, from_json, ok, warning
 from scripts.utils.hardware import Hardware, best_precision
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
 
+READING = "rendering the first rows"  # the stage of the trial that takes as long as the data is large
 NEEDED = {  # packages that a trial imports; one that is missing has a line of its own
     "device": {"torch", "numpy", "psutil"},
     "bitsandbytes": {"torch", "numpy", "bitsandbytes"},
@@ -62,6 +63,11 @@ def rows(begun: trial.Trial | None, seconds: float, config: "Config", falls_back
     if falls_back and (taken := ended.get("attention")):
         yield doctor_config.attention(config, taken)
     yield from lines_of(ended)
-    if ended.reason:
+    if ended.hung and ended.get("stage") == READING:
+        text = f"the first rows were not read within {seconds:g} s: large files of one JSON array are read whole"
+        yield warning(
+            "rows", "rows-slow", text, "convert them to JSON lines, or: python scripts/check.py --seconds 600"
+        )
+    elif ended.reason:
         text = f"the first rows cannot be looked at: {ended.reason}"
         yield fault("rows", "rows-crash", text, doctor_packages.mend())

@@ -35,6 +35,7 @@ class Ended:
 
     said: list[dict[str, Any]]
     reason: str
+    hung: bool = False
 
     def get(self, key: str) -> Any:
         """What was said last under ``key``, or None."""
@@ -71,7 +72,7 @@ def finish(trial: Trial, seconds: float = SECONDS) -> Ended:
     lines = trial.output.read().decode(errors="replace").splitlines()
     trial.output.close()
     said = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
-    return Ended(said, _reason(code, seconds, said, lines))
+    return Ended(said, _reason(code, seconds, said, lines), code is None)
 
 
 def stop(trial: Trial) -> None:

@@ -178,14 +178,14 @@ def bitsandbytes(config: "Config | None") -> None:
 def rows(config: "Config", model: str) -> None:
     """What transformers makes of the model, and the first rows by its tokenizer and template."""
     say(stage="importing transformers")
-    from scripts.utils import backends, chat, doctor_data
+    from scripts.utils import backends, chat, doctor_data, doctor_trials
 
     try:
         say(attention=backends.attention_in_transformers(Path(model), config.model.attention))
     except (ValueError, ImportError, OSError, KeyError) as error:
         text = f"{config.model.name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         tell(fault("backend", "model-unknown-here", text, 'SET="model.attention=auto"; or another model'))
-    say(stage="rendering the first rows")
+    say(stage=doctor_trials.READING)
     try:
         tokenizer = chat.load_tokenizer(Path(model))
     except SFTError as problem:
