@@ -327,10 +327,11 @@ def test_rendered_rows_are_asked_for_the_splits_that_the_config_needs(folder, mo
     where = stages.folder("render", "rows")
     where.mkdir(parents=True)
 
-    def named(train: int, val: int, test: int, **settings: dict[str, object]) -> list[str]:
-        for split, count in (("train", train), ("val", val), ("test", test)):
+    def named(*counts: int, **settings: dict[str, object]) -> list[str]:
+        rows = dict(zip(stages.SPLITS, counts, strict=True))
+        for split, count in rows.items():
             (where / f"{split}.jsonl").write_text("{}\n" * count)
-        stages.write_manifest(where, "render", {}, {}, splits={"train": train, "val": val, "test": test})
+        stages.write_manifest(where, "render", {}, {}, splits=rows)
         config = Config.model_validate({"data": {"raw": "data/raw/rows.jsonl"}, **settings})
         return [f"{finding.state} {finding.name}" for finding in doctor_data.rendered(config)]
 
