@@ -43,7 +43,7 @@ def work(arguments: argparse.Namespace) -> None:
     path = Path("outputs") / f"support-{run or time.strftime('%Y%m%d-%H%M%S')}.zip"
     packed = bundle.write(path, parts, files.atomic_writer)
     console.result(f"{path}: {len(packed)} files, {console.size(path.stat().st_size)} packed")
-    console.result("read it before you send it (unzip -p it '*.json' | less); nothing was sent")
+    console.result(f"nothing was sent; read it before you do: unzip -p {path} | less")
 
 
 def flags(arguments: argparse.Namespace) -> list[str]:

@@ -56,7 +56,7 @@ def collect(run: str, check: Sequence[str], config: Callable[[], str]) -> dict[s
         "stamp.json": lambda: _stamp(stamp, run),
         "config.yaml": lambda: _config(folder, config),
         "log.txt": lambda: logs(folder),
-        "metrics.jsonl": lambda: "".join(tail(folder / "metrics.jsonl", METRIC_LINES)) if folder else "",
+        "metrics.jsonl": lambda: "".join(tail(folder / "metrics.jsonl", METRIC_LINES)) if folder else "no run\n",
         "packages.txt": packages,
         "nvidia-smi.txt": nvidia_smi,
         "machine.json": machine,

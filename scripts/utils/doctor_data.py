@@ -45,7 +45,10 @@ def raw(config: "Config") -> Iterator[Finding]:
         yield fault("data", "data-unreadable", text, f"chmod u+r '{unreadable[0]}', or change its owner", USER)
         return
     shown = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5:,} more" if len(paths) > 5 else "")
-    yield ok("data", f"{len(paths):,} files, {console.size(sum(p.stat().st_size for p in paths))}: {shown}")
+    yield ok(
+        "data",
+        f"{len(paths):,} file{'' if len(paths) == 1 else 's'}, {console.size(sum(p.stat().st_size for p in paths))}: {shown}",
+    )
     given = splits.given_splits(paths)
     if len(given) == len(paths) and config.eval.split not in given.values():
         text = f"the files give {' and '.join(sorted(set(given.values())))}, but no {config.eval.split} rows, which eval.split asks for"
