@@ -99,7 +99,7 @@ def difference(attend: Attend, device: str, precision: "Precision") -> float:
     def run(by: Attend, place: str, dtype: "torch.dtype") -> list["torch.Tensor"]:
         q, k, v, upstream = (tensor.to(place, dtype, copy=True).requires_grad_() for tensor in plain)
         output = by(q, k, v)
-        output.backward(upstream.detach())
+        (output * upstream.detach()).sum().backward()  # a scalar: else autograd imports sympy first, 3 s
         return [tensor.detach().float().cpu() for tensor in (output, q.grad, k.grad, v.grad)]  # type: ignore[union-attr]
 
     def by_hand(q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor") -> "torch.Tensor":
@@ -140,6 +140,9 @@ def bitsandbytes(config: "Config | None") -> None:
     """NF4 there and back on the device, by the library's own code."""
     say(stage="importing bitsandbytes")
     import torch
+
+    # bitsandbytes prepares two functions for compilation as it is imported: 7 s, of nothing that is looked at here
+    torch.compile = lambda model=None, **options: model or (lambda function: function)  # type: ignore[assignment]
     from bitsandbytes import cextension, functional
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
