@@ -43,6 +43,7 @@ def findings(settings: str) -> list[Finding]:
     return found
 
 
+@pytest.mark.slow
 def test_check_says_each_line_and_the_mend_below_it(folder):
     done = script("check", "--config", "run.yaml", "--set", "train.precision=fp16", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,6 +75,7 @@ def test_check_says_the_attention_that_will_run_also_after_a_fallback(folder, se
     assert "attention eager: model.attention is eager" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_check_fails_on_missing_data(folder):
     (folder / "data" / "raw" / "rows.jsonl").unlink()
     done = script("check", "--config", "run.yaml", cwd=folder)
