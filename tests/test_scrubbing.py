@@ -92,7 +92,7 @@ def test_a_value_behind_a_secrets_name_goes(value, name, form):
 )
 def test_credentials_in_an_address_go_also_where_it_stands_in_another(user, password):
     for address in (
-        f"https://{user}:{password}@host.example/simple",
+        f"https://{user}:{password}@host.example/x",
         urllib.parse.quote(f"https://{user}:{password}@host.example/x", safe=""),
         json.dumps({"url": f"git+ssh://{user}:{password}@host.example/x"}),
         f"postgres:\\/\\/{user}:{password}@host\\/db",
