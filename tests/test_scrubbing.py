@@ -170,3 +170,20 @@ def test_a_json_value_is_cleaned_in_its_keys_and_under_secret_names():
         "pad_token": "<pad>",
         "nested": {"api_key": "***", "steps": 3},
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'curl -H "X-Service: Bearer {}"',
+        "sent bearer%20{} with it",
+        "retry with Basic {}",
+        "the AWS pair is {}",  # without a name before it
+        "{}\n",
+    ],
+)
+def test_what_a_request_carries_goes_without_a_secrets_name(text):
+    key = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+    assert scrub(text.format(key)) == text.format("***")
+    if "earer" in text:
+        assert scrub(text.format("opaque.value-12")) == text.format("***")
