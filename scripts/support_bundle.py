@@ -36,7 +36,7 @@ def work(arguments: argparse.Namespace) -> None:
             f"there is no run {run!r} in {Path('outputs').absolute()}", f"runs here: {there}; RUN= may be left out"
         )
     console.note("support-bundle", "running make check (half a minute at most)")
-    parts = bundle.collect(run, flags(arguments), lambda: resolved(arguments))
+    parts = bundle.collect(run, flags(arguments, run), lambda: resolved(arguments))
     console.note("support-bundle", "these files, as plain text:")
     for name, text in parts.items():
         console.result(f"  {name.ljust(16)} {text.count(chr(10)):>6,} lines  {console.size(len(text.encode()))}")
@@ -46,9 +46,18 @@ def work(arguments: argparse.Namespace) -> None:
     console.result(f"nothing was sent; read it before you do: unzip -p {path} | less")
 
 
-def flags(arguments: argparse.Namespace) -> list[str]:
-    """The arguments of this command that check takes too; what make handed over reaches it by itself."""
-    given = {"--config": arguments.config, "--set": arguments.set, "--raw": arguments.raw, "--model": arguments.model}
+def flags(arguments: argparse.Namespace, run: str) -> list[str]:
+    """The arguments for check; what make handed over reaches it by itself. A run is checked with the config that it had."""
+    saved, config = Path("outputs") / run / "config.yaml", arguments.config
+    if run and saved.is_file() and not command.from_make("CONFIG") and config == build_parser().get_default("config"):
+        config = str(saved)
+    given = {
+        "--config": config,
+        "--set": arguments.set,
+        "--raw": arguments.raw,
+        "--model": arguments.model,
+        "--run": run,
+    }
     return [f"{name}={value}" for name, value in given.items() if value]
 
 

@@ -126,7 +126,9 @@ def test_a_library_that_dies_or_hangs_becomes_a_line(folder, planted):
     planted.with_file("transformers", "__init__.py", hang)
     found = check("--config", "run.yaml", "--seconds", "12", cwd=folder, python=planted.python)
     assert found.code == 4
-    assert re.search(r"ended by SIG(BUS|SEGV) while importing|does not load", found.named["bitsandbytes-broken"]["text"])
+    assert re.search(
+        r"ended by SIG(BUS|SEGV) while importing|does not load", found.named["bitsandbytes-broken"]["text"]
+    )
     assert "did not end within 12 seconds, while importing transformers" in found.named["rows-crash"]["text"]
     assert found.mend("rows-crash")
 

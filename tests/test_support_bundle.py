@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scripts import support_bundle
 from scripts.utils import bundle, files
 from tests.commands import ROOT, run, script
 
@@ -152,6 +153,19 @@ def test_a_bundle_is_made_where_nothing_is_installed_and_the_config_is_broken(tm
     assert set(parts) == FILES
     assert "package-missing" in parts["check.json"]
     assert parts["config.yaml"].startswith("could not be made: ")
+
+
+def test_a_run_is_checked_with_the_config_that_it_had_unless_another_is_named(tmp_path, monkeypatch):
+    make_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def flags(*words: str) -> list[str]:
+        return support_bundle.flags(support_bundle.build_parser().parse_args(words), "try1")
+
+    assert flags() == ["--config=outputs/try1/config.yaml", "--run=try1"]
+    assert flags("--config", "mine.yaml") == ["--config=mine.yaml", "--run=try1"]
+    monkeypatch.setenv("SFT_CONFIG", "other.yaml")
+    assert flags() == ["--config=other.yaml", "--run=try1"]
 
 
 def test_a_run_that_is_not_there_is_said_and_nothing_is_written(tmp_path):
