@@ -7,7 +7,7 @@ coerces by the schema's types, collects every problem and raises them all at onc
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,17 @@ Origins = dict[tuple[str, ...], str]
 _MAPPINGS = ("data.columns",)  # keys whose value is a mapping; elsewhere a "{" in SET is text
 
 
-def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | None = None) -> "Config":
+def load_config(
+    path: str | Path,
+    overrides: str = "",
+    flags: dict[str, Any] | None = None,
+    values: Sequence[tuple[str, Any, str]] = (),
+) -> "Config":
     """Return the validated config.
 
-    ``overrides`` is the text of SET (``section.key=value`` words, quoted as in a shell); ``flags`` maps dotted
-    keys to values given by a command's own flags, which win. Raises ``UserError`` with every problem found.
+    ``overrides`` is the text of SET (``section.key=value`` words, quoted as in a shell); ``values`` are a sweep's own
+    over it: dotted key, value, and where it was written; ``flags`` maps dotted keys to values given by a command's
+    own flags, which win. Raises ``UserError`` with every problem found.
     """
     from pydantic import ValidationError
 
@@ -35,6 +41,8 @@ def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | N
     _merge_file(Path(path), merged, origins, ())
     for key, value in _parse_overrides(overrides):
         _set(merged, origins, key, value, "SET")
+    for dotted, value, where in values:
+        _set(merged, origins, tuple(dotted.split(".")), value, where)
     for dotted, value in (flags or {}).items():
         if value is not None:
             _set(merged, origins, tuple(dotted.split(".")), value, "flag")
