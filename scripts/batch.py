@@ -6,7 +6,6 @@ is not. Ends with a table. Exit code: 0 when every run ended well, else that of 
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,10 +56,10 @@ def wanted_by(arguments: argparse.Namespace) -> Wanted:
     problems += [f"step {step!r} is unknown; known are {', '.join(STEPS)}" for step in steps if step not in STEPS]
     if problems:
         raise UserError("\n       ".join(problems), "paths are relative to the current folder; nothing was run")
-    given = [(key, command.from_make(name), name) for name, key in _KEYS.items() if command.from_make(name)]
-    words = " ".join([shlex.join(plan.set if plan else []), arguments.set]).strip()
+    variables = {name: (key, value) for name, key in _KEYS.items() if (value := command.from_make(name))}
+    given = sweep_plan.given_by(plan, places, arguments.set, variables)
     in_order = tuple(step for step in STEPS if step in steps)
-    return Wanted(data, configs, words, in_order, tuple(given), plan, places)
+    return Wanted(data, configs, in_order, tuple(given), plan, places)
 
 
 def is_there(path: str) -> bool:

@@ -20,11 +20,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = """
 errors schema console environment template_child scoring overlap intervals
 workers
-files yaml_text gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
+files yaml_text sweep_schema gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
 hardware safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
 arrow_rows unsloth_probe
-config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
-command records sweep_schema sweep_file model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
+config sweep_file architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
+command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
 packing planning offload fused_kernels sweep_choices
 attention sweep_plan
 loss backends answer_cache sweep_state sweep_prune

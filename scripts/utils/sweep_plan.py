@@ -1,6 +1,7 @@
 """From a sweep's plan to its runs: every data set with every config and every choice, named and checked before the first starts."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import files, sweep_choices
-from scripts.utils.config import data_name, load_config, run_name
+from scripts.utils.config import data_name, load_config, parse_overrides, run_name
 from scripts.utils.errors import UserError
 from scripts.utils.sweep_choices import Choice, Value
-from scripts.utils.sweep_file import Places
+from scripts.utils.sweep_file import Places, place_of
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -30,7 +31,6 @@ class Wanted:
 
     data: tuple[str, ...]
     configs: tuple[str, ...]
-    overrides: str
     steps: tuple[str, ...]
     given: tuple[Value, ...] = ()
     plan: "Plan | None" = None
@@ -74,6 +74,18 @@ class Run:
         return self.resolved.data.name or data_name(self.resolved)
 
 
+def given_by(plan: "Plan | None", places: Places, words: str, variables: Mapping[str, tuple[str, str]]) -> list[Value]:
+    """Values for every run: the plan's set, over it the words of SET, over these make's variables (name → key and value)."""
+    where = place_of(places, ("set",))
+    found = [
+        (".".join(key), value, where)
+        for text in (plan.set if plan else [])
+        for key, value in parse_overrides(shlex.join([text]), where)
+    ]
+    found += [(".".join(key), value, "SET") for key, value in parse_overrides(words)]
+    return [*found, *((key, value, name) for name, (key, value) in variables.items())]
+
+
 def expand(wanted: Wanted) -> list[Run]:
     """Every run, checked; raises ``UserError`` with all that is wrong with any of them."""
     problems = dict.fromkeys(sweep_choices.problems(wanted.plan, wanted.places)) if wanted.plan else {}
@@ -101,7 +113,7 @@ def expand(wanted: Wanted) -> list[Run]:
 
 def _one(wanted: Wanted, path: str, config: str, choice: Choice, number: int) -> Run:
     values = [*wanted.given, *choice.values]
-    resolved = load_config(config, wanted.overrides, {"data.raw": path}, values)
+    resolved = load_config(config, "", {"data.raw": path}, values)
     varied = [sweep_choices.canonical(key) for key, _, _ in choice.values if key != "train.seed" or choice.seed is None]
     variant = {key: value_of(resolved, key) for key in varied}
     pattern = wanted.plan.name if wanted.plan else None

@@ -57,14 +57,16 @@ class Prune(Section):
 
 
 class Plan(Section):
-    data: Texts = []
-    configs: Texts = []
-    set: Texts = []
-    steps: Annotated[list[Literal["process", "style", "render", "train", "eval", "merge"]], _listed] = []
-    grid: dict[str, Values] = {}
+    data: Texts = Field(default_factory=list)
+    configs: Texts = Field(default_factory=list)
+    set: Texts = Field(default_factory=list)
+    steps: Annotated[list[Literal["process", "style", "render", "train", "eval", "merge"]], _listed] = Field(
+        default_factory=list
+    )
+    grid: dict[str, Values] = Field(default_factory=dict)
     random: RandomPart | None = None
-    variants: Annotated[list[dict[str, Any]], _listed] = []
-    seeds: Annotated[list[Seed], _listed] = []
+    variants: Annotated[list[dict[str, Any]], _listed] = Field(default_factory=list)
+    seeds: Annotated[list[Seed], _listed] = Field(default_factory=list)
     name: str | None = None
     budget: Budget = Budget()
     prune: Prune | None = None
