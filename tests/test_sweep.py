@@ -290,7 +290,7 @@ def test_dry_run_for_a_model_that_is_not_here_says_so(folder: Path) -> None:
 
 def test_the_last_lines_of_a_log_are_what_was_last_to_be_seen(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_bytes("error: of an earlier start\n".encode())
+    log.write_bytes(b"error: of an earlier start\n")
     size = log.stat().st_size
     log.write_bytes(
         log.read_bytes() + b"10 %\r50 %\r100 %\n\nerror: what is wrong\nhint: what helps\nx: exit code 2\n\xff"

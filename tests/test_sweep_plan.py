@@ -240,7 +240,7 @@ def test_draws_stay_in_their_range_and_more_of_them_move_none(
     def drawn(count: int, *others: str) -> list[float]:
         values = {
             "train.learning_rate": {"min": pair[0], "max": pair[1], "log": log},
-            **dict.fromkeys(others, ["x", "y"]),
+            **{key: ["x", "y"] for key in others},
         }
         part = sweep_schema.RandomPart.model_validate({"count": count, "seed": seed, "values": values})
         return [choice.values[0][1] for choice in sweep_choices._drawn(part, {})]
