@@ -28,7 +28,7 @@ from tests.commands import ROOT, environment
 
 NAME = "torture"
 CONFIGS = {"rank4": {"r": 4, "alpha": 8}, "rank8": {"r": 8, "alpha": 8}, "short": {"r": 4, "alpha": 8}}
-SHORT = 48  # tokens that a row may have in the config that fails on the longer rows
+SHORT = 64  # tokens that a row may have in the config that fails on the longer rows
 FAILS = "short-long"
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 

@@ -68,7 +68,8 @@ class Crew:
         watch: "Watch | None" = None,
     ) -> None:
         self.sweep, self.lock, self.budget, self.watch = sweep, lock, budget, watch
-        self.total, self.places = len(runs), len(places)
+        self.places = len(places)
+        self.numbers = {run.name: f"{number}/{len(runs)}" for number, run in enumerate(runs, 1)}
         self.free = list(places)
         opened = [run for run in runs if sweep.entries[run.name].state in sweep_state.OPEN]
         self.waiting = sorted(opened, key=lambda run: sweep_state.OPEN.index(sweep.entries[run.name].state))
@@ -81,7 +82,8 @@ class Crew:
         """Returns the number of the signal that stopped it, or 0."""
         arrived: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda caught, frame: arrived.append(caught))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                signal.signal(number, lambda caught, frame: arrived.append(caught))
         try:
             while True:
                 while arrived:
@@ -104,9 +106,10 @@ class Crew:
     def stop(self, number: int) -> None:
         if not self.stopped and self.jobs:
             console.note("sweep", "stopping: the runs at work save their state; press Ctrl-C again to stop at once")
-        self.stopped = number
         for job in self.jobs:
-            job.stop()
+            if self.stopped or job.entry.state != "pruned":  # that one is saving already, and must not be told twice
+                job.stop()
+        self.stopped = number
 
     def next_run(self) -> Run | None:
         """The next run that may begin, taken off the list; its data are not being made by another just now."""
@@ -158,8 +161,7 @@ class Crew:
 
     def start_step(self, job: Job) -> None:
         job.step = job.left.pop(0)
-        finished = self.total - len(self.waiting) - len(self.jobs) + 1
-        console.note("sweep", f"[{finished}/{self.total}] {job.run.name}: {job.step}")
+        console.note("sweep", f"[{self.numbers[job.run.name]}] {job.run.name}: {job.step}")
         job.log_size = job.run.log.stat().st_size
         script = files.REPO_ROOT / "scripts" / f"{job.step}.py"
         with job.run.log.open("ab") as log:

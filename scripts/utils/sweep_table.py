@@ -1,6 +1,7 @@
 """What a sweep shows: before it, what its runs will take; after it, how each ended."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, files, forecast, hardware
@@ -15,54 +16,58 @@ if TYPE_CHECKING:
 UNKNOWN = "?"
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What the training of a run will take, as far as it is known; sizes in bytes."""
+
+    plan: Plan | None
+    work: forecast.Work | None
+    disk: int
+
+    def cells(self) -> list[str]:
+        memory = console.size(self.plan.memory.peak) + ("" if self.plan.fits else " too much") if self.plan else UNKNOWN
+        steps, time = (f"{self.work.steps:,}", console.duration(self.work.seconds)) if self.work else (UNKNOWN, UNKNOWN)
+        return [steps, time, memory, console.size(self.disk) if self.plan else UNKNOWN]
+
+
 def show_forecast(sweep: Sweep, runs: Sequence[Run], places: int, gpu_gb: str | None, budget: "Budget | None") -> None:
     """A line a run: predicted steps, time, memory and disk of its training, and the sums of what is still to do."""
     machine = forecast.imagined(gpu_gb) if gpu_gb else hardware.detect()
-    rows: list[list[object]] = []
-    seconds = disk = 0.0
-    largest, unknown = 0, 0
     reasons: dict[str, str] = {}  # model → why there is no plan: looked for once
-    for run in runs:
-        state = sweep.entries[run.name].state
-        plan = _plan(run, machine, reasons)
-        work = forecast.work_of(plan) if plan else None
-        need = forecast.disk(plan) + ("merge" in run.steps) * forecast.merged(plan) if plan else 0
-        rows.append(
-            [
-                run.name,
-                run.data,
-                run.config,
-                state,
-                f"{work.steps:,}" if work else UNKNOWN,
-                console.duration(work.seconds) if work else UNKNOWN,
-                console.size(plan.memory.peak) + ("" if plan.fits else " too much") if plan else UNKNOWN,
-                console.size(need) if plan else UNKNOWN,
-            ]
-        )
-        if state not in ("done", "pruned"):
-            unknown += work is None
-            seconds += work.seconds if work else 0
-            disk += need
-            largest = max(largest, plan.memory.peak if plan else 0)
-    steps = ", ".join(runs[0].steps) if runs else ""
-    title = f"sweep {sweep.name}: {len(runs)} runs, steps {steps}; nothing was run"
+    found = {run.name: _predict(run, machine, reasons) for run in runs}
+    states = {run.name: sweep.entries[run.name].state for run in runs}
+    title = f"sweep {sweep.name}: {len(runs)} runs, steps {', '.join(runs[0].steps)}; nothing was run"
     header = ["run", "data", "config", "state", "steps", "time", "peak memory", "disk"]
+    rows = [[run.name, run.data, run.config, states[run.name], *found[run.name].cells()] for run in runs]
     console.table(title, header, rows, left=4)
-    left = len(runs) - sweep.count("done") - sweep.count("pruned")
+
+    open_ones = [found[name] for name, state in states.items() if state not in ("done", "pruned")]
+    plans = [one.plan for one in open_ones if one.plan]
+    works = [one.work for one in open_ones if one.work]
+    largest = max((plan.memory.peak for plan in plans), default=0)
     at_once = f", {places} at a time" if places > 1 else ""
+    seconds = _sum(console.duration(sum(work.seconds for work in works)), len(works), len(open_ones))
+    disk = _sum(console.size(sum(one.disk for one in open_ones)), len(plans), len(open_ones))
     lines: list[tuple[str, object]] = [
-        ("runs", f"{left} to do, {len(runs) - left} finished earlier{at_once}"),
-        ("time", _sum(console.duration(seconds), unknown, left) + "; training alone, at a speed that is assumed (make plan)"),
-        ("memory", f"{console.size(largest)} at most, of {console.size(machine.memory)} on {machine.name}" if largest else UNKNOWN),
-        ("disk", _sum(console.size(disk), 0 if disk else left, left)),
+        ("runs", f"{len(open_ones)} to do, {len(runs) - len(open_ones)} finished earlier{at_once}"),
+        ("time", f"{seconds}; training alone, at a speed that is assumed (make plan)"),
+        ("memory", f"{console.size(largest)} at most, of {console.size(machine.memory)} on {machine.name}" if plans else UNKNOWN),
+        ("disk", disk),
     ]  # fmt: skip
-    if unknown:
-        lines.append(
-            (UNKNOWN, "; ".join(reasons.values()) or "the rows are not rendered yet: the steps before train count them")
-        )
+    if len(works) < len(open_ones):
+        why = "; ".join(reasons.values()) or "the rows are not rendered yet: the steps before train count them"
+        lines.append((UNKNOWN, why))
     if budget and (budget.runs or budget.hours):
         lines.append(("budget", _budget(budget)))
     console.facts("together", lines)
+
+
+def _predict(run: Run, machine: hardware.Hardware, reasons: dict[str, str]) -> Predicted:
+    plan = _plan(run, machine, reasons)
+    if plan is None:
+        return Predicted(None, None, 0)
+    disk = forecast.disk(plan) + (forecast.merged(plan) if "merge" in run.steps else 0)
+    return Predicted(plan, forecast.work_of(plan), disk)
 
 
 def _plan(run: Run, machine: hardware.Hardware, reasons: dict[str, str]) -> Plan | None:
@@ -81,10 +86,10 @@ def _plan(run: Run, machine: hardware.Hardware, reasons: dict[str, str]) -> Plan
         return None
 
 
-def _sum(text: str, unknown: int, left: int) -> str:
-    if unknown == left and left:
-        return UNKNOWN
-    return f"at least {text}, {unknown} runs are unknown" if unknown else f"about {text}"
+def _sum(text: str, known: int, of: int) -> str:
+    if known == of:
+        return f"about {text}"
+    return f"at least {text}, {of - known} runs are unknown" if known else UNKNOWN
 
 
 def _budget(budget: "Budget") -> str:
