@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from scripts.utils import console, files, stamp, sweep_places, sweep_state
 from scripts.utils.config import to_yaml
-from scripts.utils.errors import SFTError
+from scripts.utils.errors import MachineError, SFTError
 from scripts.utils.sweep_plan import DATA_STEPS, Run
 from scripts.utils.sweep_state import Entry, Sweep
 
@@ -150,9 +150,10 @@ class Crew:
                 run.log.parent.mkdir(parents=True, exist_ok=True)
                 with run.log.open("ab") as log:
                     log.write(f"--- start {entry.attempts} of {run.name}, {stamp.now()}\n".encode())
-        except SFTError as problem:
+        except (SFTError, OSError) as problem:
             job.step = run.steps[0]
-            self.end(job, "failed", problem.exit_code, [f"error: {problem.message}"])
+            code = problem.exit_code if isinstance(problem, SFTError) else MachineError.exit_code
+            self.end(job, "failed", code, [f"error: {line}" for line in str(problem).splitlines()[:1]])
             return
         if steps:
             self.start_step(job)
