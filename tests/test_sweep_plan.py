@@ -194,6 +194,8 @@ def test_the_names_of_folders_do_not_make_another_run() -> None:
     beside = runs_of("grid: {render.max_length: [64, 128]}\nname: x{render.max_length}\n")
     assert alone.fingerprint == beside[0].fingerprint != beside[1].fingerprint
     assert alone.data_name != beside[0].data_name
+    (named,) = runs_of("grid: {render.max_length: 64}\nset: [data.name=mine]\n")
+    assert named.fingerprint == alone.fingerprint and named.data_name == "mine"
 
 
 def test_the_config_that_a_run_is_given_is_the_config_that_was_checked(folder: Path) -> None:

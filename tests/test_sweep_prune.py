@@ -64,10 +64,11 @@ def test_nothing_is_given_up_too_early_or_at_its_end() -> None:
 
 
 def test_a_run_on_other_rows_says_nothing_about_it() -> None:
-    done, _ = finished_runs(data="b.jsonl")
-    new = some_runs(1)[0]
+    others, _ = finished_runs(data="b.jsonl")
+    done, new = finished_runs(1)
     write(new, {5: 9.0})
-    assert not watch(done).is_hopeless(new)
+    assert not watch([*others, *done]).is_hopeless(new)
+    assert watch([*others, *done], after_runs=1).is_hopeless(new)
 
 
 def test_a_run_that_finishes_now_counts_from_now_on() -> None:
