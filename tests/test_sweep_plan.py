@@ -120,6 +120,7 @@ def test_null_is_a_value_like_any_other() -> None:
         ("variants: {a.b: [1", ["plan.yaml"]),
         ("- a", ["plan.yaml", "mapping"]),
         ("name: sweeps", ["sweeps"]),
+        (f"seeds: {list(range(100))}\ngrid: {{lora.r: {list(range(1, 61))}}}", ["6,000 runs", "random"]),
     ],
 )
 def test_each_wrong_plan_is_told_where_and_what_and_what_instead(text: str, said: list[str]) -> None:

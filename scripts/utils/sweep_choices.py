@@ -39,6 +39,12 @@ def choices(plan: "Plan", places: Places) -> list[Choice]:
     return found
 
 
+def count(plan: "Plan") -> int:
+    """How many combinations there are; they are not made for it."""
+    draws = plan.random.count if plan.random else 1
+    return math.prod(map(len, plan.grid.values())) * draws * max(len(plan.variants), 1) * max(len(plan.seeds), 1)
+
+
 def problems(plan: "Plan", places: Places) -> Iterator[str]:
     """Keys that cannot be varied here, and keys that two parts of the plan would set."""
     parts = {

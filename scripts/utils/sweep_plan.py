@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import files, sweep_choices
+from scripts.utils import console, files, sweep_choices
 from scripts.utils.config import data_name, load_config, parse_overrides, run_name
 from scripts.utils.errors import UserError
 from scripts.utils.sweep_choices import Choice, Value
@@ -23,6 +23,7 @@ DATA_STEPS = STEPS[:3]
 DEFAULT_STEPS = STEPS[:5]
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _MOST_PROBLEMS = 20
+_MOST_RUNS = 5_000
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,18 @@ def given_by(plan: "Plan | None", places: Places, words: str, variables: Mapping
 def expand(wanted: Wanted) -> list[Run]:
     """Every run, checked; raises ``UserError`` with all that is wrong with any of them."""
     problems = dict.fromkeys(sweep_choices.problems(wanted.plan, wanted.places)) if wanted.plan else {}
+    total = len(wanted.data) * len(wanted.configs) * (sweep_choices.count(wanted.plan) if wanted.plan else 1)
+    if total > _MOST_RUNS:
+        hint = "fewer values in grid; or draw from them: random, with a count"
+        raise UserError(f"the plan comes to {total:,} runs; a sweep has at most {_MOST_RUNS:,}", hint)
     found = sweep_choices.choices(wanted.plan, wanted.places) if wanted.plan else [Choice()]
     runs: list[Run] = []
     seen = set()
+    progress = console.Progress("sweep", "runs checked", total)
     for path in wanted.data:
         for config in wanted.configs:
             for choice in found:
+                progress.advance()
                 try:
                     run = _one(wanted, path, config, choice, len(runs) + 1)
                 except UserError as error:
@@ -104,6 +111,7 @@ def expand(wanted: Wanted) -> list[Run]:
                 if (path, config, run.fingerprint) not in seen:
                     seen.add((path, config, run.fingerprint))
                     runs.append(run)
+    progress.close()
     if problems:
         lines = list(problems)
         more = [f"… and {len(lines) - _MOST_PROBLEMS} more"] if len(lines) > _MOST_PROBLEMS else []
