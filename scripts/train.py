@@ -22,6 +22,7 @@ from scripts.utils import (
     checkpoints,
     command,
     console,
+    environment,
     files,
     fused_kernels,
     hardware,
@@ -121,6 +122,12 @@ def train(
     model_hash = model_store.content_hash(model_files.path)
     wanted = config
     config, plan, no_plan = planning.resolve(config, model_files.path, machine, precision.actual, choice.actual)
+    if (
+        config.tuning.mode != "qlora"
+        and "8bit" not in hardware.optimizer_name(config, machine)
+        and choice.actual == "bitsandbytes"
+    ):
+        environment.leave_out("bitsandbytes")
     init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None
     identity = resume.identity_of(
         config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None
