@@ -142,6 +142,11 @@ def torture(
         outcome.starts += 1
         process = start(folder, outcome.starts, jobs)
         asked = dice.choice(SIGNALS)
+        if (
+            outcome.kills % 3 == 2
+        ):  # not before one more run is finished, so that the kills fall on the whole of the sweep
+            while process.poll() is None and len(adapters(folder)) <= len(finished):
+                time.sleep(0.2)
         try:
             process.wait(dice.uniform(0.2, longest))
             say(

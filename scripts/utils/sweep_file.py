@@ -90,10 +90,8 @@ def _problem(item: Any, places: Places, path: Path) -> str:
 def _known_beside(location: tuple[str, ...]) -> list[str]:
     from scripts.utils import sweep_schema
 
-    inside = {
-        "budget": sweep_schema.Budget,
-        "prune": sweep_schema.Prune,
-        "random": sweep_schema.Range if len(location) > 2 else sweep_schema.RandomPart,
-    }
-    model = sweep_schema.Plan if len(location) == 1 else inside[location[0]]
-    return ["include", *model.model_fields] if len(location) == 1 else list(model.model_fields)
+    if len(location) == 1:
+        return ["include", *sweep_schema.Plan.model_fields]
+    if location[0] == "random":
+        return list((sweep_schema.Range if len(location) > 2 else sweep_schema.RandomPart).model_fields)
+    return list((sweep_schema.Budget if location[0] == "budget" else sweep_schema.Prune).model_fields)
