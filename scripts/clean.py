@@ -135,6 +135,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.all:
         paths += [
             *marked(Path("adapters"), "sft-adapter.json"),
+            *marked(Path("outputs/sweeps"), "sweep.json"),
             *(p for p in contents(Path(".cache")) if p not in paths),
         ]
         if paths and not confirm(paths, arguments.yes):
