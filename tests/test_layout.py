@@ -21,12 +21,12 @@ FLOORS = """
 errors schema console environment template_child scoring overlap intervals
 workers
 files yaml_text gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
-hardware safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
+hardware event_log safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
 arrow_rows unsloth_probe
 config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
-packing planning offload fused_kernels
-attention
+packing planning offload fused_kernels hparams
+attention trackers
 loss backends answer_cache
 data_hub reading hub_push
 model_store schedule

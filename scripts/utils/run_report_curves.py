@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from scripts.utils import files
+from scripts.utils import event_log, files
 from scripts.utils.errors import SFTError
 from scripts.utils.report_page import table
 
@@ -65,7 +65,9 @@ def read(folder: Path) -> Curves:
 
 
 def event_files(folder: Path) -> list[Path]:
-    return sorted((folder / "tensorboard").glob("events.out.tfevents.*"))
+    """Those of the training, one a start; not the file with the run's results (event_log.py), which holds no curve."""
+    found = (folder / "tensorboard").glob("events.out.tfevents.*")
+    return sorted(path for path in found if not path.name.endswith(event_log.RESULTS))
 
 
 def join(found: dict[str, Points], new: dict[str, Points]) -> None:
