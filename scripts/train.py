@@ -5,7 +5,6 @@ end, adapters/<run>. Stopped at any moment, the same command goes on from the ne
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
