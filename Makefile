@@ -11,7 +11,7 @@ SHELL := bash
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
 unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
-unexport QUANT CONVERTER REPO DRY_RUN PUBLIC
+unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -50,6 +50,8 @@ export SFT_CONVERTER = $(value CONVERTER)
 export SFT_REPO = $(value REPO)
 export SFT_DRY_RUN = $(value DRY_RUN)
 export SFT_PUBLIC = $(value PUBLIC)
+export SFT_SWEEP = $(value SWEEP)
+export SFT_BY = $(value BY)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -138,7 +140,7 @@ selftest: ready ## are packing, chunks and shared beginnings exact on this model
 	@$(PY) scripts/selftest.py
 
 ##@ Use
-.PHONY: eval eval-quick eval-full eval-harness report infer infer-batch serve merge merge-if-adapter export-gguf export-ollama push
+.PHONY: eval eval-quick eval-full eval-harness report leaderboard infer infer-batch serve merge merge-if-adapter export-gguf export-ollama push
 eval: ready ## base against tuned model -> outputs/<run>/eval, report.html   RUN= SPLIT= LIMIT=
 	@$(PY) scripts/eval.py
 
@@ -153,6 +155,9 @@ eval-harness: ready ## the model on tasks of lm-evaluation-harness (EXTRAS=harne
 
 report: ready ## curves, before/after, best and worst rows as one page -> outputs/<run>/report.html   RUN=
 	@$(PY) scripts/report.py
+
+leaderboard: ready ## all runs side by side, which is best and is that chance -> outputs/leaderboard.html, .csv   SWEEP= BY=metric
+	@$(PY) scripts/leaderboard.py
 
 infer: ready ## chat with the tuned model, or answer one PROMPT=   RUN= WHICH=tuned|base|merged
 	@$(PY) scripts/infer.py $${SFT_PROMPT:+--prompt="$$SFT_PROMPT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}
@@ -235,4 +240,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here
 #: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
 #: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
-#: REPO, PUBLIC, DRY_RUN for push
+#: REPO, PUBLIC, DRY_RUN for push                  SWEEP, BY for leaderboard

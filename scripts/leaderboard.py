@@ -18,7 +18,7 @@ from scripts.utils import command, console, environment, files, hparams, leaderb
 from scripts.utils import leaderboard_runs as runs_of
 from scripts.utils import leaderboard_table as table
 from scripts.utils.errors import UserError
-from scripts.utils.leaderboard_ranking import label, show
+from scripts.utils.leaderboard_ranking import label, show, show_spread
 
 # a length is neither good nor bad
 RANKED_BY = [name for name in leaderboard_ranking.NAMES if name not in metrics.METRICS or metrics.METRICS[name].better]
@@ -67,14 +67,18 @@ def say_groups(board: table.Board, verdicts: Sequence[Sequence[str]]) -> None:
     if not board.groups:
         console.result("no run has a figure to be ranked by yet: make eval RUN=…")
     if len(board.groups) > 1:
-        console.result("compared within each group only: other rows, other decoding or another tokenizer give other figures")
+        console.result(
+            "compared within each group only: other rows, other decoding or another tokenizer give other figures"
+        )
     for group, lines in zip(board.groups, verdicts, strict=True):
         console.result(f"{f'{group.letter}: ' if len(board.groups) > 1 else ''}by {label(group.metric)}, {group.what}")
         for line in lines:
             console.result(f"  {line}")
         for seeds in leaderboard_ranking.seed_groups(group):
-            settings = ", ".join(f"{key} {table.say(seeds.settings.get(key))}" for key in board.keys if key != runs_of.SEED)
-            spread = f"{show(group.metric, seeds.mean)} mean of {len(seeds.runs)} seeds, standard deviation {seeds.spread:.3g}"
+            settings = ", ".join(
+                f"{key} {table.say(seeds.settings.get(key))}" for key in board.keys if key != runs_of.SEED
+            )
+            spread = f"{show(group.metric, seeds.mean)} mean of {len(seeds.runs)} seeds, standard deviation {show_spread(group.metric, seeds.spread)}"
             console.result(f"  {settings or seeds.data}: {spread} ({', '.join(seeds.runs)})")
 
 
@@ -87,7 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--sweep", default=command.from_make("SWEEP"), metavar="NAME", help="only the runs of this sweep, or of this plan"
+        "--sweep",
+        default=command.from_make("SWEEP"),
+        metavar="NAME",
+        help="only the runs of this sweep, or of this plan",
     )
     parser.add_argument(
         "--by", default=command.from_make("BY"), metavar="METRIC", help=f"rank by this: {', '.join(RANKED_BY)}"

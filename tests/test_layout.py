@@ -26,6 +26,7 @@ arrow_rows unsloth_probe
 config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
 packing planning offload fused_kernels hparams
+leaderboard_runs
 attention trackers
 loss backends answer_cache
 data_hub reading hub_push
@@ -33,9 +34,11 @@ model_store schedule
 model_card
 adapters tally sources unsloth_child shown grouping row_losses
 data_report run_report_curves run_report_facts run_report_style run_report_words
-spool run_report_rows run_report_scores
+spool run_report_rows run_report_scores leaderboard_ranking
+leaderboard_table
+leaderboard_plots
 run_report_warnings run_report_cards
-run_report_page
+run_report_page leaderboard_page
 rendered training trained generation initial run_report
 rendering token_store streaming served answering
 callbacks merging merge_proof evaluation speaking engine_child self_test held_out gguf_tokenizer exporting go_template

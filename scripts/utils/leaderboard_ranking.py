@@ -60,6 +60,11 @@ def show(name: str, value: float | None) -> str:
     return metrics.show(name, metrics.Score(value))
 
 
+def show_spread(name: str, spread: float) -> str:
+    """A standard deviation in the unit of a change: ``1.2 pp``."""
+    return f"{spread:.4f}" if name == VAL_LOSS else metrics.show(name, metrics.Score(spread), signed=True).lstrip("+")
+
+
 def higher_is_better(name: str) -> bool:
     return name != VAL_LOSS and metrics.METRICS[name].better != "lower"
 
@@ -144,26 +149,33 @@ def _own_interval(found: Measure) -> intervals.Interval | None:
 
 def verdict(group: Group) -> list[str]:
     """Which run is best, within what, and whether the runner-up is really behind: lines of text."""
-    best, others = group.entries[0], len(group.entries) - 1
-    name, value = group.metric, group.entries[0].scores[group.metric]
-    figure = f"{label(name)} {show(name, value)}"
+    best, name = group.entries[0], group.metric
+    # another seed of the same settings is no rival
+    rivals = [entry for entry in group.entries if _but_seed(entry) != _but_seed(best)] or list(group.entries[1:])
+    figure = f"{label(name)} {show(name, best.scores[name])}"
     if name == VAL_LOSS:
         said = "the val loss has no interval: it is one figure over all val rows (make eval gives one a row)"
-        return [f"best: {best.run}, {figure}; {said}"] if others else [f"{best.run}: {figure}; nothing to compare it with"]
+        return (
+            [f"best: {best.run}, {figure}; {said}"] if rivals else [f"{best.run}: {figure}; nothing to compare it with"]
+        )
     try:
         rows = sorted(samples(best.run, best.evaluation or {}), key=lambda row: row["id"])
         found = measure(rows, name)
         own = _own_interval(found) if found else None
     except (OSError, ValueError, KeyError, TypeError) as problem:
         return [f"best: {best.run}, {figure}; no interval: {problem}"]
-    within = f" (95 % interval {_between(name, own.low, own.high)}, {own.rows:,} rows)" if own else " (too few rows for an interval)"
-    if not others:
+    within = (
+        f" (95 % interval {_between(name, own.low, own.high)}, {own.rows:,} rows)"
+        if own
+        else " (too few rows for an interval)"
+    )
+    if not rivals:
         return [f"{best.run}: {figure}{within}; no other run was evaluated on these rows in this way"]
     lines = [f"best: {best.run}, {figure}{within}"]
-    lines.append(_against(group.entries[1], rows, found, name, others))
-    if others > 1:
+    lines.append(_against(rivals[0], rows, found, name, len(rivals)))
+    if len(group.entries) > 2:
         lines.append(
-            f"chosen as the best of {others + 1} by these very rows, so its figure is likely a little too good: "
+            f"chosen as the best of {len(group.entries)} by these very rows, so its figure is likely a little too good: "
             "choose by val (SPLIT=val), and report test once"
         )
     return lines
@@ -199,13 +211,19 @@ def _between(name: str, low: float, high: float) -> str:
     return f"{shown[0].split(' ')[0]}…{shown[1]}"
 
 
+def _but_seed(entry: Entry) -> str:
+    """What is the same in all seeds of a run."""
+    return repr(
+        [entry.base, entry.data, sorted((key, repr(value)) for key, value in entry.settings.items() if key != SEED)]
+    )
+
+
 def seed_groups(group: Group) -> list[SeedGroup]:
     """Runs of a group that are equal but for train.seed, two or more of each; the best mean first."""
     found: dict[str, list[Entry]] = {}
     for entry in group.entries:
         if SEED in entry.settings:
-            same = {key: value for key, value in entry.settings.items() if key != SEED}
-            found.setdefault(repr([entry.base, entry.data, sorted(same.items(), key=lambda item: item[0])]), []).append(entry)
+            found.setdefault(_but_seed(entry), []).append(entry)
     made = [
         SeedGroup(
             {key: value for key, value in members[0].settings.items() if key != SEED},

@@ -13,7 +13,7 @@ from scripts.utils.leaderboard_runs import Entry
 
 Value = str | float | int | bool | None
 _CELL = 24  # characters of a setting or a reason that a terminal shows
-_GAP = 2
+_GAP = 3  # between two columns, as rich draws them
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def fit(board: Board, width: int) -> tuple[list[Column], list[Column]]:
     chosen = [column for column in columns(board) if not (column.name in ("base", "data") and _shared(board, column))]
     chosen = [column for column in chosen if any(column.show(entry) not in ("", "–") for entry in board.entries)]
     wide = {
-        column.name: max(len(column.title), *(len(column.show(entry)) for entry in board.entries)) + _GAP for column in chosen
+        column.name: max(len(column.title), *(len(column.show(entry)) for entry in board.entries)) + _GAP
+        for column in chosen
     }
     left_out: list[Column] = []
     while len(chosen) > 2 and sum(wide[column.name] for column in chosen) > width:
@@ -134,7 +135,11 @@ def _shared(board: Board, column: Column) -> bool:
 def show(board: Board, width: int) -> None:
     """The table on stdout, and what all runs have in common."""
     chosen, left_out = fit(board, width)
-    shared = {c.name: str(c.value(board.entries[0])) for c in columns(board) if c.name in ("base", "data") and _shared(board, c)}
+    shared = {
+        c.name: str(c.value(board.entries[0]))
+        for c in columns(board)
+        if c.name in ("base", "data") and _shared(board, c)
+    }
     rows = [[column.show(entry) for column in chosen] for entry in board.entries]
     left = next((at for at, column in enumerate(chosen) if column.number), len(chosen))
     console.table(board.title, [column.title for column in chosen], rows, left=left)

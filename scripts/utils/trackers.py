@@ -163,7 +163,7 @@ def open_wandb(record: Record) -> Tracker:
     settings = wandb.Settings(
         silent=True,
         console="off",  # what is printed stays here
-        save_code=False,
+        disable_code=True,
         disable_git=True,
         x_disable_meta=True,  # host, user, e-mail and command line
         x_disable_machine_info=True,
