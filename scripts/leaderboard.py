@@ -40,7 +40,7 @@ def work(arguments: argparse.Namespace) -> None:
             console.warn(text)
     counts = Counter(entry.state for entry in entries)
     states = ", ".join(f"{count:,} {state}" for state, count in counts.most_common())
-    title = f"{f'sweep {sweep.name}' if sweep else 'leaderboard'}: {len(entries):,} runs ({states})"
+    title = f"{f'sweep {sweep.name}' if sweep else 'leaderboard'}: {count_of(len(entries))} ({states})"
     board = table.arrange(entries, by, title)
     verdicts = [leaderboard_ranking.verdict(group) for group in board.groups]
 
@@ -52,8 +52,12 @@ def work(arguments: argparse.Namespace) -> None:
     files.write_text(Path(arguments.html), page.encode("utf-8", "replace").decode())
     filled = sum(hparams.fill(entry.run) for entry in board.entries if entry.state == "trained")
     if filled:
-        console.note("leaderboard", f"TensorBoard's HPARAMS page now has the results of {filled:,} more runs")
+        console.note("leaderboard", f"TensorBoard's HPARAMS page now has the results of {count_of(filled)} more")
     console.result(f"table: {arguments.csv}\npage: {arguments.html}")
+
+
+def count_of(runs: int) -> str:
+    return f"{runs:,} run{'' if runs == 1 else 's'}"
 
 
 def say_failures(board: table.Board) -> None:

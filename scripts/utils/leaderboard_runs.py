@@ -68,7 +68,7 @@ def read(run: str) -> Entry:
             warnings.append(f"run {run}: {said}")
             return otherwise
 
-    facts = attempt(lambda: dict(files.read_json(folder / "backend.json")), {})
+    facts = attempt(lambda: _facts(folder / "backend.json"), {})
     config = attempt(lambda: hparams.read_config(folder), {})
     evaluation = attempt(lambda: hparams.read_evaluation(folder), None)
     logged = attempt(lambda: _logged(folder / "metrics.jsonl", warnings), [])
@@ -102,6 +102,13 @@ def read(run: str) -> Entry:
         val=val,
         warnings=tuple(warnings),
     )
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    found = files.read_json(path)
+    if not isinstance(found, dict) or "status" not in found:
+        raise ValueError(f"{path} is damaged: there is no status in it")
+    return found
 
 
 def _number(value: object) -> bool:
