@@ -7,7 +7,6 @@ training goes on without that tracker.
 
 import os
 import queue
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -179,9 +178,7 @@ def open_wandb(record: Record) -> Tracker:
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step")
     if mode == "offline":
-        console.note(
-            "wandb", f"recorded in {record.folder / 'wandb'}; to upload it: wandb sync <that folder>/offline-run-*"
-        )
+        console.note("wandb", f"recorded in {_shown(record.folder / 'wandb')}; wandb sync uploads it")
     return Tracker(lambda values, step: run.log({**values, "train/global_step": step}), run.finish)
 
 
@@ -204,15 +201,20 @@ def open_trackio(record: Record) -> Tracker:
     import trackio.run
     import trackio.utils
 
-    for module in (trackio, trackio.run, trackio.utils):  # stdout is for results
-        vars(module)["print"] = partial(print, file=sys.stderr)
+    for module in (trackio, trackio.run, trackio.utils):  # it says nine lines on stdout, which is for results
+        vars(module)["print"] = lambda *_, **__: None
     # a record on this machine needs no name of a user, for which it would ask the hub
     vars(trackio.run)["_get_default_namespace"] = lambda: None
     run = trackio.init(
         project=record.project, name=record.run, config=record.config, resume="allow", embed=False,
         auto_log_gpu=False, auto_log_cpu=False,
     )  # fmt: skip
+    console.note("trackio", f"recorded in {_shown(place)}; to look at it: TRACKIO_DIR={_shown(place)} trackio show")
     return Tracker(lambda values, step: run.log(dict(values), step=step), trackio.finish)
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _try_to_write(folder: Path) -> None:
