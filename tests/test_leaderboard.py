@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import leaderboard as step
@@ -31,6 +31,7 @@ from scripts.utils.leaderboard_runs import Entry
 from scripts.utils.schema import Config
 from tests.commands import ROOT, environment
 
+ODD_KEYS = "run status starts model tuning render data result settings tuned step loss eval_loss memory_gib tokens_seen lora train".split()
 CSV, PAGE = Path("outputs/leaderboard.csv"), Path("outputs/leaderboard.html")
 
 
@@ -264,6 +265,30 @@ def test_a_damaged_file_of_one_run_is_a_warning_and_the_others_are_shown(
     if name == "eval/samples.jsonl":
         assert "no interval" in captured.out
     PAGE.read_text(encoding="utf-8")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(ODD_KEYS) | st.text(max_size=3), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["backend.json", "config.yaml", "metrics.jsonl", "eval/metrics.json"]), json_values)
+def test_whatever_a_run_holds_instead_is_no_traceback(name: str, value: Any) -> None:
+    put("good", some(20), settings={"lora.r": 4})
+    put("bad", some(39), settings={"lora.r": 8})
+    path = Path("outputs/bad") / name
+    known = yaml.safe_load(path.read_text()) if name != "metrics.jsonl" else {"step": 1}
+    mixed = (
+        {**known, **value} if isinstance(value, dict) else value
+    )  # right but for some of its keys, or altogether wrong
+    path.write_text(json.dumps(mixed))
+    assert "good" in {row["run"] for row in board()}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "eval/metrics.json", "eval/samples.jsonl"])

@@ -59,7 +59,7 @@ if (table) {
     return data ? Number(data.value) : cell.textContent.trim();
   };
   [...table.rows[0].cells].forEach((head, at) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: head.textContent || "#" });
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: head.textContent });
     head.replaceChildren(button);
     button.onclick = () => {
       const down = head.getAttribute("aria-sort") === "ascending";
@@ -77,7 +77,8 @@ if (table) {
   });
 }
 const choose = event => {
-  const place = event.target.closest("tr") ?? event.target.closest("[data-run]");
+  const at = event.target instanceof Element ? event.target : document.body;
+  const place = at.closest("tr") ?? at.closest("[data-run]");
   const run = (place?.matches("[data-run]") ? place : place?.querySelector("[data-run]"))?.dataset.run;
   document.body.classList.toggle("dimmed", run !== undefined);
   for (const path of document.querySelectorAll("path[data-run]")) path.classList.toggle("chosen", path.dataset.run === run);

@@ -99,13 +99,15 @@ def groups(entries: Sequence[Entry], by: str = "") -> list[Group]:
 
 
 def _decoding(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(evaluation["settings"].get(key) for key in ("split", "generate", "max_new_tokens"))
+    return tuple(repr(evaluation["settings"].get(key)) for key in ("split", "generate", "max_new_tokens"))
 
 
 def _of_tokens(entry: Entry) -> tuple[Any, ...]:
-    facts = entry.facts
-    rendered = facts.get("render") or {}
-    return (facts.get("tokenizer_hash"), rendered.get("template_hash"), (facts.get("data") or {}).get("hash"))
+    parts = [entry.facts.get(key) for key in ("render", "data")]
+    rendered, data = (part if isinstance(part, dict) else {} for part in parts)
+    return tuple(
+        repr(part) for part in (entry.facts.get("tokenizer_hash"), rendered.get("template_hash"), data.get("hash"))
+    )
 
 
 def _headline(members: Sequence[Entry]) -> str:

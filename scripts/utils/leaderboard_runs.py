@@ -4,6 +4,7 @@ Nothing here needs torch, and a damaged or missing file of one run costs that ru
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -70,14 +71,13 @@ def read(run: str) -> Entry:
 
     facts = attempt(lambda: _facts(folder / "backend.json"), {})
     config = attempt(lambda: hparams.read_config(folder), {})
-    evaluation = attempt(lambda: hparams.read_evaluation(folder), None)
+    evaluation = attempt(lambda: _evaluation(folder), None)
     logged = attempt(lambda: _logged(folder / "metrics.jsonl", warnings), [])
     rows = attempt(lambda: _rows(folder, evaluation), "") if evaluation else ""
     state, detail = attempt(lambda: _state(facts, folder), ("unknown", "")) if facts else ("damaged", "")
     seconds, known = attempt(lambda: _seconds(facts, state), (None, True))
     train, val = (
-        [(line["step"], line[key]) for line in logged if isinstance(line.get(key), int | float)]
-        for key in ("loss", "eval_loss")
+        [(line["step"], line[key]) for line in logged if _number(line.get(key))] for key in ("loss", "eval_loss")
     )
     scores = attempt(lambda: _scores(evaluation), {}) if evaluation else {}
     if val:
@@ -111,8 +111,17 @@ def _facts(path: Path) -> dict[str, Any]:
     return found
 
 
+def _evaluation(folder: Path) -> dict[str, Any] | None:
+    found = hparams.read_evaluation(folder)
+    settings = found["settings"] if found else {}
+    known = (settings.get("rows"), settings.get("max_new_tokens", 0))
+    if found and not all(isinstance(value, int) for value in known):
+        raise ValueError(f"{folder / 'eval' / 'metrics.json'} is damaged: its settings are none")
+    return found
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _logged(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
@@ -198,7 +207,11 @@ def _speed(logged: Iterable[Mapping[str, Any]]) -> float | None:
     """Tokens a second over all logged steps: all tokens by all the time they took."""
     tokens = seconds = before = 0.0
     for line in logged:
-        if _number(line.get("tokens_seen")) and line.get("tokens_per_second"):
+        if (
+            _number(line.get("tokens_seen"))
+            and _number(line.get("tokens_per_second"))
+            and line["tokens_per_second"] > 0
+        ):
             seconds += (line["tokens_seen"] - before) / line["tokens_per_second"]
             tokens, before = line["tokens_seen"], line["tokens_seen"]
     return tokens / seconds if seconds > 0 else None

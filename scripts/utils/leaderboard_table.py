@@ -60,7 +60,7 @@ def columns(board: Board) -> list[Column]:
     others = [name for name in metrics.METRICS if name not in leading and any(name in e.scores for e in board.entries)]
     losses = [VAL_LOSS] if VAL_LOSS not in leading else []
     return [
-        Column("rank", "", board.place, board.place, weight=99),
+        Column("rank", "#", board.place, board.place, weight=99),
         Column("run", "run", lambda e: e.run, lambda e: e.run, weight=100),
         Column("state", "state", lambda e: e.state, lambda e: e.state, weight=98),
         *(_score(name, 97 - at) for at, name in enumerate([*leading, *losses])),
