@@ -262,6 +262,7 @@ def _with_sweep(known: Mapping[str, Any]) -> Entry:
     if state in ("failed", "stopped", "pruned"):
         last = [str(line) for line in known.get("last_lines") or () if str(line).strip()]
         error = next((line for line in reversed(last) if line.startswith("error:")), last[-1] if last else "")
+        error = str(known.get("error") or error)
         where = f" at {known['step']}" if known.get("step") else ""
         code = f", exit code {known['exit_code']}" if known.get("exit_code") is not None else ""
         tries = f", {known['attempts']} attempts" if (known.get("attempts") or 0) > 1 else ""
