@@ -166,6 +166,7 @@ def open_wandb(record: Record) -> Tracker:
         disable_git=True,
         x_disable_meta=True,  # host, user, e-mail and command line
         x_disable_machine_info=True,
+        host="",
         x_disable_stats=True,
         x_save_requirements=False,
         init_timeout=OPEN_SECONDS / 2,
