@@ -14,7 +14,7 @@ from scripts.utils import leaderboard_ranking as ranking
 from scripts.utils import report_page, stamp
 from scripts.utils.leaderboard_plots import COLOURS, curves, parallel
 from scripts.utils.leaderboard_runs import SEED, Entry
-from scripts.utils.leaderboard_table import Board, Column, columns, say
+from scripts.utils.leaderboard_table import Board, Column, columns, filled, say, shared
 from scripts.utils.run_report_facts import when
 from scripts.utils.run_report_style import STYLE
 
@@ -36,7 +36,7 @@ path.rest {{ stroke: var(--soft); opacity: .45; }}
 .axes svg {{ position: absolute; inset: 0; height: 100%; overflow: visible; }}
 .axes b, .axes span {{ position: absolute; font-size: .75rem; padding-left: .3rem; white-space: nowrap; }}
 .axes b {{ top: -1.8rem; padding-left: 0; }}
-.axes span {{ transform: translateY(-50%); color: var(--soft); }}
+.axes span {{ transform: translateY(-50%); color: var(--soft); background: color-mix(in srgb, var(--ground) 75%, transparent); }}
 .axes path[data-run], .plot path[data-run] {{ pointer-events: stroke; }}
 .dimmed path[data-run] {{ opacity: .12; }}
 .dimmed path.chosen {{ opacity: 1; stroke-width: 4; }}
@@ -46,6 +46,8 @@ th button {{ border: 0; background: none; padding: 0; min-height: 0; color: inhe
 th[aria-sort=ascending] button::after {{ content: " ↑"; }}
 th[aria-sort=descending] button::after {{ content: " ↓"; }}
 .lead p {{ margin: .1rem 0; }}
+.lead strong {{ font-size: 1.15rem; }}
+#table td, #table th {{ padding-left: .6rem; }}
 .lead {{ margin: .6rem 0; }}
 """
 
@@ -133,11 +135,13 @@ def _best(board: Board, verdicts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _table(board: Board, path: Path) -> list[str]:
-    shown = [c for c in columns(board) if any(c.show(entry) not in ("", "–") for entry in board.entries)]
+    common = shared(board)
+    shown = [column for column in filled(board, columns(board)) if column.name not in common]
     rows = [[_cell(board, column, entry, at, path) for column in shown] for at, entry in enumerate(board.entries)]
     numbers = {at for at, column in enumerate(shown) if column.number}
     made = report_page.table([column.title for column in shown], rows, numbers=numbers)
-    return ['<h2 id="table-title">All runs</h2>', f'<div id="table">{made}</div>']
+    note = Markup('<p class="note">All on {}.</p>').format(", ".join(f"{name} {text}" for name, text in common.items()))
+    return ["<h2>All runs</h2>", str(note) if common else "", f'<div id="table">{made}</div>']
 
 
 def _cell(board: Board, column: Column, entry: Entry, at: int, path: Path) -> Markup | str:

@@ -64,7 +64,7 @@ def columns(board: Board) -> list[Column]:
         Column("run", "run", lambda e: e.run, lambda e: e.run, weight=100),
         Column("state", "state", lambda e: e.state, lambda e: e.state, weight=98),
         *(_score(name, 97 - at) for at, name in enumerate([*leading, *losses])),
-        *(_setting(key, 90 - at) for at, key in enumerate(board.keys)),
+        *(_setting(board, key, 90 - at) for at, key in enumerate(board.keys)),
         Column("steps", "steps", lambda e: e.steps, lambda e: _whole(e.steps), True, 85),
         Column("tokens_per_second", "tok/s", lambda e: e.tokens_per_second, lambda e: _whole(e.tokens_per_second), True, 50),
         Column("seconds", "time", lambda e: e.seconds, _time, True, 49),
@@ -81,12 +81,14 @@ def _score(name: str, weight: int) -> Column:
     )  # fmt: skip
 
 
-def _setting(key: str, weight: int) -> Column:
+def _setting(board: Board, key: str, weight: int) -> Column:
     def value(entry: Entry) -> Value:
         found = entry.settings.get(key)
         return found if found is None or isinstance(found, str | int | float | bool) else str(found)
 
-    return Column(key, key, value, lambda e: say(e.settings.get(key)), weight=weight)
+    known = [found for entry in board.entries if (found := value(entry)) is not None]
+    numbers = all(isinstance(found, int | float) and not isinstance(found, bool) for found in known)
+    return Column(key, key, value, lambda e: say(e.settings.get(key)), numbers, weight)
 
 
 def say(value: object) -> str:
@@ -112,10 +114,25 @@ def _time(entry: Entry) -> str:
     return f"{'' if entry.seconds_known else '> '}{console.duration(entry.seconds)}"
 
 
+def shared(board: Board) -> dict[str, str]:
+    """Base model and data, where they are the same in all runs and so need no column."""
+    found = {
+        column.name: {str(column.value(entry)) for entry in board.entries if column.value(entry)}
+        for column in columns(board)
+        if column.name in ("base", "data")
+    }
+    return {name: next(iter(texts)) for name, texts in found.items() if len(texts) == 1}
+
+
+def filled(board: Board, found: Sequence[Column]) -> list[Column]:
+    """The columns in which any run has something."""
+    return [column for column in found if any(column.show(entry) not in ("", "–") for entry in board.entries)]
+
+
 def fit(board: Board, width: int) -> tuple[list[Column], list[Column]]:
-    """The columns that a terminal of ``width`` characters holds, and those left out; what all runs share is no column."""
-    chosen = [column for column in columns(board) if not (column.name in ("base", "data") and _shared(board, column))]
-    chosen = [column for column in chosen if any(column.show(entry) not in ("", "–") for entry in board.entries)]
+    """The columns that a terminal of ``width`` characters holds, and those left out."""
+    common = shared(board)
+    chosen = [column for column in filled(board, columns(board)) if column.name not in common]
     wide = {
         column.name: max(len(column.title), *(len(column.show(entry)) for entry in board.entries)) + _GAP
         for column in chosen
@@ -128,23 +145,15 @@ def fit(board: Board, width: int) -> tuple[list[Column], list[Column]]:
     return chosen, left_out
 
 
-def _shared(board: Board, column: Column) -> bool:
-    return len({column.value(entry) for entry in board.entries}) == 1
-
-
 def show(board: Board, width: int) -> None:
     """The table on stdout, and what all runs have in common."""
     chosen, left_out = fit(board, width)
-    shared = {
-        c.name: str(c.value(board.entries[0]))
-        for c in columns(board)
-        if c.name in ("base", "data") and _shared(board, c)
-    }
+    common = shared(board)
     rows = [[column.show(entry) for column in chosen] for entry in board.entries]
     left = next((at for at, column in enumerate(chosen) if column.number), len(chosen))
     console.table(board.title, [column.title for column in chosen], rows, left=left)
-    if any(shared.values()):
-        console.result(f"all on {', '.join(f'{name} {text}' for name, text in shared.items() if text)}")
+    if common:
+        console.result(f"all on {', '.join(f'{name} {text}' for name, text in common.items())}")
     if left_out:
         console.result(f"no room here for {', '.join(column.title for column in left_out)}: in the CSV and the page")
 
