@@ -44,12 +44,12 @@ def work(arguments: argparse.Namespace) -> None:
     board = table.arrange(entries, by, title)
     verdicts = [leaderboard_ranking.verdict(group) for group in board.groups]
 
-    table.show(board, shutil.get_terminal_size((140, 24)).columns if sys.stdout.isatty() else 140)
-    say_failures(board)
-    say_groups(board, verdicts)
     table.write_csv(board, Path(arguments.csv))
     page = leaderboard_page.build(board, verdicts, Path(arguments.html))
     files.write_text(Path(arguments.html), page.encode("utf-8", "replace").decode())
+    table.show(board, shutil.get_terminal_size((140, 24)).columns if sys.stdout.isatty() else 140)
+    say_failures(board)
+    say_groups(board, verdicts)
     filled = sum(hparams.fill(entry.run) for entry in board.entries if entry.state == "trained")
     if filled:
         console.note("leaderboard", f"TensorBoard's HPARAMS page now has the results of {count_of(filled)} more")

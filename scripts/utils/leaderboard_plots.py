@@ -76,7 +76,7 @@ def parallel(board: Board) -> list[str]:
         'point at a line or at a row of the table to see it alone. ↑ higher is better, ↓ lower is better.{}</p>').format(note)),
         str(Markup('<div class="wide"><div class="axes" style="min-width:{}rem">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}"><path class="grid" d="{}"/>{}</svg>{}</div></div>').format(
-            7 * len(axes), f"Parallel coordinates of {len(board.entries)} runs over {', '.join(axis.title for axis in axes)}", grid, lines, labels)),
+            round(len(axes) * max(7, *(len(axis.title) / 2 + 1 for axis in axes))), f"Parallel coordinates of {len(board.entries)} runs over {', '.join(axis.title for axis in axes)}", grid, lines, labels)),
     ]  # fmt: skip
 
 
