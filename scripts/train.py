@@ -200,7 +200,7 @@ def train(
         "identity": identity,
     }
     stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
-    files.write_text(folder / "config.yaml", to_yaml(config))
+    files.write_text(folder / "config.yaml", stamp.without_secrets(to_yaml(config)))
     resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
     names = token_store.RowNames(want.folder, "train", len(examples["train"]))
     trainer = make_trainer(

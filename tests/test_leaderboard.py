@@ -547,3 +547,56 @@ def test_a_run_without_tensorboard_files_stays_without(capsys: pytest.CaptureFix
         path.unlink()
     assert not hparams.fill("a") and list(folder.iterdir()) == []
     assert json.loads((Path("outputs/a") / "backend.json").read_text())["status"] == "finished"
+
+
+# --- the page in a browser
+
+
+@pytest.mark.slow
+def test_a_click_sorts_the_table_and_a_row_marks_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.utils import leaderboard_page
+    from tests.test_report import CHROMIUM, browse
+
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    for name, rate, count in (("a", 1e-3, 20), ("b", 2e-5, 39), ("c", 3e-4, 30)):
+        put(name, some(count), settings={"train.learning_rate": rate})
+    put("none", status="unfinished", ended="interrupted", settings={"train.learning_rate": 5e-1}, losses=())
+
+    def order(html: str) -> list[str]:
+        return re.findall(r'<span data-run="\d+">(\w+)</span>', html.split('id="table"')[1].split("</table>")[0])
+
+    board()
+    plain = browse(PAGE.absolute().as_uri())
+    assert order(plain) == ["b", "c", "a", "none"] and '<th scope="col"><button type="button">run' in plain
+    press = """
+const click = text => [...document.querySelectorAll("th button")].find(one => one.textContent === text).click();
+click("train.learning_rate"); click("%s");
+document.querySelector('#table [data-run="2"]').dispatchEvent(new Event("focusin", { bubbles: true }));
+"""
+    for title, wanted in (("steps", ["b", "c", "a", "none"]), ("train.learning_rate", ["none", "a", "c", "b"])):
+        monkeypatch.setattr(leaderboard_page, "BOARD_SCRIPT", leaderboard_page.BOARD_SCRIPT + press % title)
+        board()
+        pressed = browse(PAGE.absolute().as_uri())
+        assert order(pressed) == wanted, title
+        assert re.findall(r'<path class="c2 chosen" data-run="2"', pressed) and 'class="dimmed"' in pressed
+        monkeypatch.undo()
+        monkeypatch.chdir(PAGE.absolute().parents[1])
+
+
+@pytest.mark.slow
+def test_nothing_on_the_page_is_wider_than_a_phone() -> None:
+    from tests.test_report import CHROMIUM, browse
+
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    put("a" * 90, some(20), settings={"style.text": "w" * 300, "train.learning_rate": 1e-3})
+    put("b" * 90, some(30), status="unfinished", ended="failed: " + "x" * 500)
+    board()
+    frame = Path("frame.html").absolute()
+    frame.write_text(
+        f'<p id="said"></p><iframe id="f" width="360" height="800" src="{PAGE.absolute().as_uri()}"></iframe>'
+        "<script>f.onload = () => said.textContent = 'width ' + f.contentDocument.documentElement.scrollWidth + '.'</script>"
+    )
+    said = re.search(r"width (\d+)\.", browse(frame.as_uri(), "--allow-file-access-from-files"))
+    assert said and int(said[1]) <= 360

@@ -77,7 +77,7 @@ def fill(run: str) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved config in a run's folder, in sections; empty where there is none. Damage is a ``ValueError``."""
+    """The resolved config in a run's folder, in sections, without secrets; empty where there is none. Damage is a ``ValueError``."""
     import yaml
 
     path = folder / "config.yaml"
@@ -89,7 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it is no mapping of sections")
-    return found
+    return dict(stamp.without_secrets(found))
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
