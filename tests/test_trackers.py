@@ -130,6 +130,7 @@ def test_tensorboard_has_what_was_logged_the_config_and_the_hparams(
     monkeypatch.setenv("SOME_TOKEN", "correct-horse-battery")
     project(epochs=2)
     run_steps(overrides="infer.stop=[correct-horse-battery]")
+    assert "correct-horse-battery" not in Path("outputs", RUN, "config.yaml").read_text()
     scalars, text = tensorboard(RUN)
     assert set(TOLD) <= set(scalars)
     logged = {
@@ -266,6 +267,7 @@ def test_wandb_and_trackio_keep_the_same_record_which_resume_and_evaluation_go_o
         *Path("outputs").rglob("*.wandb"),
         *Path("outputs/.trackio").rglob("*"),
         *Path("outputs", RUN, "tensorboard").iterdir(),
+        Path("outputs", RUN, "config.yaml"),
     ]:
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path

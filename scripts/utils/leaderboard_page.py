@@ -47,6 +47,7 @@ th[aria-sort=ascending] button::after {{ content: " ↑"; }}
 th[aria-sort=descending] button::after {{ content: " ↓"; }}
 .lead p {{ margin: .1rem 0; }}
 .lead strong {{ font-size: 1.15rem; }}
+.lead, .legend li {{ overflow-wrap: anywhere; min-width: 0; }}
 #table td, #table th {{ padding-left: .6rem; }}
 .lead {{ margin: .6rem 0; }}
 """
