@@ -39,7 +39,7 @@ from scripts.utils import (
     doctor_trials,
     environment,
     files,
-    hardware,
+    forecast,
     model_store,
     scrubbing,
     trial,
@@ -125,7 +125,7 @@ def on_device(arguments: argparse.Namespace, config: Config, found: Hardware | N
         return True
     yield from doctor_config.precision(config, found)
     try:
-        planned = hardware.imagined(arguments.gpu_gb) if arguments.gpu_gb else found
+        planned = forecast.imagined(arguments.gpu_gb) if arguments.gpu_gb else found
         yield from doctor_config.plan(config, planned)
     except SFTError as problem:
         yield from_problem("plan", "gpu-gb", problem)

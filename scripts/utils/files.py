@@ -227,10 +227,10 @@ def replaced_folder(folder: Path, marker: str = "") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[None]:
+def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[int]:
     """Hold an exclusive lock that the system frees when the process dies, however it dies.
 
-    Waits up to ``wait_seconds`` for another holder, then raises ``RefusedError``.
+    Yields its descriptor: a child that inherits it holds the lock too. Waits up to ``wait_seconds`` for another holder, then raises ``RefusedError``.
     """
     path = Path(path)
     with disk_errors(path):
@@ -245,7 +245,7 @@ def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[None]:
                     "wait until it ends, or choose another name with RUN=…",
                 )
             time.sleep(0.2)
-        yield
+        yield file.fileno()
 
 
 def try_lock(file: IO[Any]) -> bool:

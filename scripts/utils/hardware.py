@@ -1,7 +1,6 @@
 """What this machine has, and which precision and backend suit it: every choice comes with its reason."""
 
 import contextlib
-import math
 import os
 import platform
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from scripts.utils import files
-from scripts.utils.errors import MachineError, RefusedError, UserError
+from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config, TrainSection
@@ -53,17 +52,6 @@ def detect() -> Hardware:
     torch.set_num_threads(measured.threads)
     name = f"{cpu_name()}, {measured.threads} threads"
     return Hardware("cpu", name, memory, cpu_bf16_faster=measured.bf16_faster)
-
-
-def imagined(words: str) -> Hardware:
-    """A CUDA card of so many GiB that need not be there, of the Ampere generation or newer (GPU_GB)."""
-    try:
-        gigabytes = float(words)
-    except ValueError:
-        gigabytes = math.nan
-    if not 0 < gigabytes < 10_000:
-        raise UserError(f"GPU_GB is {words!r}, expected a number of GiB", "for example: make plan GPU_GB=8")
-    return Hardware("cuda", f"a CUDA card of {gigabytes:g} GiB", round(gigabytes * 2**30), (8, 6))
 
 
 def nvidia(*fields: str) -> str:
