@@ -30,9 +30,10 @@ class Environment:
         for name, path in outer_packages().items():
             (self.site / name).symlink_to(path)
 
-    def without(self, package: str) -> None:
-        for path in [self.site / package, *self.site.glob(f"{package}-*.dist-info")]:
-            path.unlink()
+    def without(self, *packages: str) -> None:
+        for package in packages:
+            for path in [self.site / package, *self.site.glob(f"{package}-*.dist-info")]:
+                path.unlink(missing_ok=True)
 
     def as_version(self, package: str, version: str) -> None:
         (link,) = self.site.glob(f"{package}-*.dist-info")

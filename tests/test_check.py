@@ -10,7 +10,9 @@ import pytest
 from scripts import check
 from scripts.utils.findings import Finding
 from scripts.utils.hardware import Hardware
+from tests import commands
 from tests.commands import ROOT, script
+from tests.planted import Environment
 
 CONFIG = f"include: {ROOT / 'configs' / 'base.yaml'}\n"
 
@@ -70,8 +72,11 @@ def test_check_says_which_backend_will_run_and_why(folder, tiny_model, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", ["model.attention=eager", "model.attention=eager tuning.backend=unsloth"])
-def test_check_says_the_attention_that_will_run_also_after_a_fallback(folder, settings):
-    done = script("check", "--config", "run.yaml", "--set", settings, cwd=folder)
+def test_check_says_the_attention_that_will_run_also_after_a_fallback(folder, tmp_path, settings):
+    planted = Environment(tmp_path / "environment")
+    planted.without("unsloth")
+    words = [planted.python, ROOT / "scripts" / "check.py", "--config", "run.yaml", "--set", settings]
+    done = commands.run(words, folder)
     assert "attention eager: model.attention is eager" in done.stdout, done.stdout
 
 

@@ -60,7 +60,7 @@ def test_where_nothing_is_wrong_nothing_is_found(folder):
 
 @pytest.mark.slow
 def test_faults_of_packages_limits_and_config_are_each_found_with_their_mend(folder, planted, tmp_path):
-    planted.without("bitsandbytes")
+    planted.without("bitsandbytes", "wandb", "unsloth")
     planted.as_version("peft", "0.10.0")
     planted.asked_for("data wandb")
     token = tmp_path / "token"
