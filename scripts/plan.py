@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import architecture, command, console, hardware, model_store, planning, stages
+from scripts.utils import architecture, command, console, hardware, launching, model_store, planning, stages
 from scripts.utils.config import data_name
 from scripts.utils.errors import UserError
 from scripts.utils.planning import Plan
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "make plan",
         "make plan CONFIG=configs/run_bnb.yaml GPU_GB=8",
         "make plan MODEL=Qwen/Qwen2.5-7B-Instruct GPU_GB=8",
+        'make plan GPU_GB=24 NPROC=4 SET="train.parallel=fsdp"',
         "sft-plan --gpu-gb 12 --set train.batch_size=auto",
     ]
     parser = command.new_parser(
@@ -51,7 +52,8 @@ def work(arguments: argparse.Namespace, config: "Config") -> int:
     folder = Path(config.model.name).expanduser()
     if not (folder / "config.json").is_file():  # a folder with this file alone will do
         folder = model_store.resolve(config.model.name, config.model.revision, tokenizer_only=True).path
-    plan = planning.make(config, architecture.read(folder), machine, precision.actual, backend)
+    processes = launching.layout().world
+    plan = planning.make(config, architecture.read(folder), machine, precision.actual, backend, processes)
     show_memory(plan)
     console.facts("the run", facts(plan, precision))
     console.result()
@@ -96,6 +98,10 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
         ("optimizer", plan.run.optimizer),
         ("assumed", "0.8 GiB for the CUDA context and kernels" if plan.run.device == "cuda" else "0.7 GiB for the libraries"),
     ]  # fmt: skip
+    processes = plan.run.processes
+    if processes > 1:
+        engine = "FSDP: each holds a part of the model" if plan.run.sharded else "DDP: each holds the whole model"
+        lines.append(("processes", f"{processes}; the memory above is that of one. {engine}"))
     if plan.memory.host:
         lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card"))
     rows = rows_in_data(config)
@@ -105,10 +111,12 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
         count, tokens = rows
         micro = math.ceil(tokens / plan.run.tokens) if train.packing else math.ceil(count / train.micro_batch)
         steps = train.max_steps or math.ceil(math.ceil(micro / train.gradient_accumulation) * train.epochs)
+        busy = min(processes, train.gradient_accumulation)  # a step has no more rows to deal out
         seen = tokens * min(steps * train.gradient_accumulation / max(micro, 1), 1e9)
         lines += [
             ("rows, steps", f"{count:,} train rows, about {tokens:,.0f} tokens an epoch; about {steps:,} steps"),
-            ("time", f"about {console.duration(seen * operations(plan) / SPEED[plan.run.device])}, {speed(plan)}"),
+            ("time", f"about {console.duration(seen * operations(plan) / SPEED[plan.run.device] / busy)}, {speed(plan)}"
+             + (f", on {busy} processes if what they send costs nothing (it does)" if busy > 1 else "")),
         ]
     need = trained * (6 if "8bit" in plan.run.optimizer else 12)
     disk = (train.save_total_limit + 2) * need + trained * 4

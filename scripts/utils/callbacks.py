@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from scripts.utils import console, resume
+from scripts.utils import console, ranks, resume
 
 if TYPE_CHECKING:
     from scripts.utils.training import SFTTrainer
@@ -24,11 +24,15 @@ class Rhythm(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer_of()
         trainer.restore_counters()
+        trainer.begin_sharing()
         trainer.try_save()
 
         def ask_to_stop(number: int, frame: object) -> None:
-            if trainer.run_state.stop_signal is not None:
+            if trainer.run_state.asked_signal is not None:
                 raise KeyboardInterrupt  # the second time at once
+            trainer.run_state.asked_signal = number
+            if ranks.world_size() > 1:
+                return  # one of them cannot stop alone: they agree on it in the next step, and say so
             trainer.run_state.stop_signal = number
             console.note(
                 "train", "stopping after this step and saving; press Ctrl-C again to stop at once, without saving"

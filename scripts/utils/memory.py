@@ -35,6 +35,8 @@ class Setting:
     offload: bool = False
     chunked: bool = True
     scores_kept: bool = False  # eager attention
+    processes: int = 1
+    sharded: bool = False  # FSDP: each process holds its part of weights, gradients and states; else all of them (DDP)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,25 @@ def predict(shape: Architecture, run: Setting) -> Memory:
             0, no_gradient(shape, run, wide) + unpacked + logits(shape, run, wide) - always["activations"]
         ),
     }
-    return Memory(always, turns, away + elsewhere)
+    return Memory(_of_one_process(always, shape, run), turns, away + elsewhere)
+
+
+def _of_one_process(always: dict[str, int], shape: Architecture, run: Setting) -> dict[str, int]:
+    """What one of several processes holds.
+
+    DDP keeps the gradients once more, in the buckets that it sends. FSDP has a part of the weights and of what belongs to
+    them, and in whole the layer at work, the next one, which is on its way already, and the table of embeddings.
+    """
+    if run.processes < 2:
+        return always
+    if not run.sharded:
+        return {**always, "reduction": always["gradients"]}
+    kept = ("weights", "quantisation tables", "adapter", "gradients", "optimizer")
+    parts = {name: -(-always[name] // run.processes) if name in kept else always[name] for name in always}
+    tables = shape.embedding * (1 if shape.tied else 2)
+    wide = 4 if run.mode == "full" or run.precision == "fp32" else 2
+    layer = max(0, always["weights"] - tables * wide) // shape.layers
+    return {**parts, "gathered": 2 * layer + shape.embedding * wide}
 
 
 def quantisation_tables(weights: int) -> int:
