@@ -115,8 +115,11 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
         seen = tokens * min(steps * train.gradient_accumulation / max(micro, 1), 1e9)
         lines += [
             ("rows, steps", f"{count:,} train rows, about {tokens:,.0f} tokens an epoch; about {steps:,} steps"),
-            ("time", f"about {console.duration(seen * operations(plan) / SPEED[plan.run.device] / busy)}, {speed(plan)}"
-             + (f", on {busy} processes if what they send costs nothing (it does)" if busy > 1 else "")),
+            (
+                "time",
+                f"about {console.duration(seen * operations(plan) / SPEED[plan.run.device] / busy)}, {speed(plan)}"
+                + (f", on {busy} processes if what they send costs nothing (it does)" if busy > 1 else ""),
+            ),
         ]
     need = trained * (6 if "8bit" in plan.run.optimizer else 12)
     disk = (train.save_total_limit + 2) * need + trained * 4

@@ -89,6 +89,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     ranks.connect()
     lock = files.file_lock(folder / ".lock", wait_seconds=0, what=f"run {run!r}")
     with lock if ranks.is_first() else contextlib.nullcontext():
+        ranks.require_one_disk(folder / ".lock")
         starts_before = len((stamp.read(run) or {}).get("starts", []))
         try:
             if choice.actual == "unsloth":
@@ -150,6 +151,7 @@ def train(
     identity = resume.identity_of(
         config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None
     )
+    ranks.require_same(identity, "rows, model or settings")
     checkpoint, finished = ranks.from_first(lambda: whence(run, folder, resume_mode, identity))
     if finished:
         console.note(

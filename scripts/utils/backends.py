@@ -70,7 +70,13 @@ def nf4(precision: "Precision", *, shards: bool = False) -> Any:
 
 
 def load_causal_lm(
-    path: Path, *, precision: "Precision", device: str, quantised: bool = False, attention: str = "auto", shards: bool = False
+    path: Path,
+    *,
+    precision: "Precision",
+    device: str,
+    quantised: bool = False,
+    attention: str = "auto",
+    shards: bool = False,
 ) -> Any:
     """The one place that builds a plain model: used by train, eval, infer and merge. ``shards``: for FSDP."""
     from transformers import AutoModelForCausalLM

@@ -117,9 +117,18 @@ def _torchrun_words(wanted: Layout, folder: Path, script: Path, words: Sequence[
     """The command line after ``torchrun``. Only the first rank of all speaks; what others print lies in ``folder``."""
     quiet = range(0 if wanted.machine else 1, wanted.processes)
     flags = [f"--nproc-per-node={wanted.processes}", f"--nnodes={wanted.machines}", "--max-restarts=0"]
-    flags += [f"--log-dir={folder}", f"--redirects={','.join(f'{r}:3' for r in quiet) or '0'}", "--monitor-interval=0.2"]
+    flags += [
+        f"--log-dir={folder}",
+        f"--redirects={','.join(f'{r}:3' for r in quiet) or '0'}",
+        "--monitor-interval=0.2",
+    ]
     if wanted.machines == 1:
-        flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4()}", "--local-addr=127.0.0.1"]
+        flags += [
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=127.0.0.1:0",
+            f"--rdzv-id={uuid.uuid4()}",
+            "--local-addr=127.0.0.1",
+        ]
     else:
         host, _, port = wanted.main.rpartition(":") if ":" in wanted.main else (wanted.main, "", _PORT)
         flags += [f"--node-rank={wanted.machine}", f"--master-addr={host}", f"--master-port={port}"]
@@ -179,7 +188,8 @@ def _verdict(wanted: Layout, folder: Path, failures: dict[int, Any], stopped: in
         number, by = min(killed.items())
         memory = "; if memory ran out, make plan says what to change" if by == signal.SIGKILL else ""
         return MachineError(
-            f"process {number} of {wanted.world} was ended from outside ({_signal_name(by)}), so the others were too", again + memory
+            f"process {number} of {wanted.world} was ended from outside ({_signal_name(by)}), so the others were too",
+            again + memory,
         )
     if own:
         _, _, said = own[0]
@@ -191,7 +201,9 @@ def _verdict(wanted: Layout, folder: Path, failures: dict[int, Any], stopped: in
     number, failure = min(failures.items())
     for line in _last_lines(folder, number - wanted.machine * wanted.processes):
         console.note(f"process {number}", line)
-    return _error(f"process {number} of {wanted.world} failed (exit code {failure.exitcode}); see above", "this is a bug", 1)
+    return _error(
+        f"process {number} of {wanted.world} failed (exit code {failure.exitcode}); see above", "this is a bug", 1
+    )
 
 
 def _error(message: str, hint: str, code: int) -> SFTError:

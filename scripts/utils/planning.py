@@ -110,9 +110,7 @@ def _levers(
             )
 
 
-def can_use_host(
-    config: "Config", shape: Architecture, machine: Hardware, backend: str, processes: int = 0
-) -> bool:
+def can_use_host(config: "Config", shape: Architecture, machine: Hardware, backend: str, processes: int = 0) -> bool:
     """Only a table of its own that is not trained can lie elsewhere than the head, and only a card has a memory of its own."""
     frozen = not shape.tied and config.tuning.mode != "full" and not is_sharded(config, processes)
     return frozen and machine.device == "cuda" and backend == "bitsandbytes"

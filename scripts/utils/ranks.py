@@ -25,7 +25,15 @@ REPORTS = "SFT_RANK_REPORTS"  # the folder where each rank leaves for the launch
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # a peer that is gone is noticed at once; this is for one that makes tokens, saves or tests its export for long
 _PATIENCE = timedelta(hours=2)
-_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValue", "TCPStore")
+_LOST = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "recvValue",
+    "TCPStore",
+)
 
 
 class LostPeer(MachineError):
@@ -57,7 +65,9 @@ def is_first() -> bool:
 def outside(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a child process that is no rank."""
     mine = (*_PLACE, WANTED, REPORTS)
-    return {k: v for k, v in environment.items() if k not in mine and not k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))}
+    return {
+        k: v for k, v in environment.items() if k not in mine and not k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
 
 
 def place_of(device: str) -> str:
@@ -151,6 +161,32 @@ def first_goes_first() -> Iterator[None]:
         barrier()
 
 
+def require_one_disk(path: Path) -> None:
+    """Raise ``MachineError`` where not every rank sees a file that the first one has just made."""
+    if world_size() < 2:
+        return
+    barrier()
+    deadline = time.monotonic() + (0 if is_first() else 10)  # a network's disk may take a moment to show it
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [number for number, (seen,) in enumerate(gather([path.exists()])) if not seen]
+    if blind:
+        raise MachineError(
+            f"{path.parent.absolute()}: process {blind[0]} does not see this folder of the first one",
+            "several machines need the project, at least outputs/, on a disk that they share",
+        )
+
+
+def require_same(value: T, what: str) -> None:
+    """Raise ``MachineError`` where the ranks would not train the same: other rows, model or settings on one of them."""
+    found = gather_objects(value)
+    other = [number for number, theirs in enumerate(found) if theirs != found[0]]
+    if other:
+        raise MachineError(
+            f"process {other[0]} has other {what} than the first one", "give every machine the same files and variables"
+        )
+
+
 def deal(items: Sequence[T], *, even: bool = False) -> list[tuple[T, int]]:
     """This rank's share, every world-size-th item, each with how often it counts: once.
 
@@ -186,5 +222,6 @@ def as_lost(error: Exception) -> Exception:
     if world_size() < 2 or not isinstance(error, RuntimeError) or not any(word in str(error) for word in _LOST):
         return error
     return LostPeer(
-        "another process of this run is gone", "its own message says why; the same command goes on from the last checkpoint"
+        "another process of this run is gone",
+        "its own message says why; the same command goes on from the last checkpoint",
     )

@@ -37,9 +37,13 @@ def settings(name: str) -> dict[str, Any]:
     try:
         found = load_config_from_file(str(path))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: Accelerate does not take this file: {error}", "git checkout the file, or mend it") from error
+        raise UserError(
+            f"{path}: Accelerate does not take this file: {error}", "git checkout the file, or mend it"
+        ) from error
     if found.distributed_type != _ENGINES[name]:
-        raise UserError(f"{path}: distributed_type is {found.distributed_type}, expected {_ENGINES[name]}", "mend the file")
+        raise UserError(
+            f"{path}: distributed_type is {found.distributed_type}, expected {_ENGINES[name]}", "mend the file"
+        )
     return dict(found.fsdp_config if name == "fsdp" else found.deepspeed_config)
 
 
@@ -58,7 +62,8 @@ def check(config: "Config", precision: str) -> None:
         )
     if "8bit" in config.train.optimizer:
         raise MachineError(
-            f"train.optimizer {config.train.optimizer} has no shards", "use train.optimizer: auto with train.parallel: fsdp"
+            f"train.optimizer {config.train.optimizer} has no shards",
+            "use train.optimizer: auto with train.parallel: fsdp",
         )
 
 
@@ -67,7 +72,9 @@ def without_levers(config: "Config") -> "Config":
     if engine(config) != "fsdp":
         return config
     if config.model.embeddings == "host":
-        console.warn("model.embeddings: host does not go with train.parallel: fsdp, which cuts the table in shards instead")
+        console.warn(
+            "model.embeddings: host does not go with train.parallel: fsdp, which cuts the table in shards instead"
+        )
     if config.train.activation_offload:
         console.warn("train.activation_offload does not go with train.parallel: fsdp: it is off")
     return config.model_copy(
@@ -81,7 +88,9 @@ def without_levers(config: "Config") -> "Config":
 def allowed(config: "Config", exact: Any) -> Any:
     """Of the ways of computing a step that were found exact (a loss.Exact), those that go with the engine."""
     if engine(config) == "fsdp" and config.tuning.mode == "full" and exact.chunked:
-        console.note("train", "fsdp and tuning.mode: full: the loss from whole logits, as the head has a gradient in shards")
+        console.note(
+            "train", "fsdp and tuning.mode: full: the loss from whole logits, as the head has a gradient in shards"
+        )
         return replace(exact, chunked=False)
     return exact
 

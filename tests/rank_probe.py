@@ -1,0 +1,51 @@
+"""scripts/train.py with an eye on it: notes which rows each rank computes, and ends a rank where a test wants it.
+
+    SFT_NPROC=2 python tests/rank_probe.py --config tiny.yaml
+
+``PROBE_KILL=rank:step:signal`` sends that rank the signal in the middle of that step, once.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts import train
+from scripts.utils import command, launching, ranks
+
+
+def note_rows() -> None:
+    from scripts.utils.training import SFTTrainer
+
+    original = SFTTrainer._share
+
+    def share(self, inputs):
+        found = original(self, inputs)
+        step = self.state.global_step + 1
+        line = {"rank": ranks.rank(), "step": step, "rows": [part for part, times in found if times], "given": inputs}
+        with Path(f"probe-{ranks.rank()}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        victim = os.environ.get("PROBE_KILL", "").split(":")
+        done = Path("probe-killed")
+        if len(victim) == 3 and [ranks.rank(), step] == [int(victim[0]), int(victim[1])] and not done.exists():
+            done.write_text(str(time.time()))
+            os.kill(os.getpid(), int(victim[2]))
+        return found
+
+    SFTTrainer._share = share
+
+
+if __name__ == "__main__":
+    if not ranks.is_rank():
+        wanted = launching.layout()
+        raise SystemExit(command.guard("probe", lambda: launching.run(wanted, Path(__file__), sys.argv[1:])))
+
+    def start(arguments, config):
+        note_rows()
+        train.work(arguments, config)
+        ranks.leave()
+
+    raise SystemExit(command.run(train.build_parser(), start))
