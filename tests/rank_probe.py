@@ -1,4 +1,5 @@
-"""scripts/train.py with an eye on it: notes which rows each rank computes, and ends a rank where a test wants it.
+"""scripts/train.py with an eye on it: notes which rows each rank computes and which files it writes, and ends a rank where a
+test wants it.
 
     SFT_NPROC=2 python tests/rank_probe.py --config tiny.yaml
 
@@ -38,6 +39,24 @@ def note_rows() -> None:
     SFTTrainer._share = share
 
 
+def note_writes() -> None:
+    """Audit events (PEP 578) of what changes files in the working folder, raised just before it happens."""
+    here = os.getcwd()
+    log = open(f"probe-writes-{ranks.rank()}.txt", "a")  # noqa: SIM115  # for as long as this process lives
+
+    def note(event, arguments):
+        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.symlink"):
+            return
+        flags = arguments[2] if event == "open" else os.O_WRONLY
+        if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            path = os.path.abspath(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes) else ""
+            if path.startswith(here + "/") and "/probe-" not in path:
+                log.write(f"{event} {path}\n")
+                log.flush()
+
+    sys.addaudithook(note)
+
+
 if __name__ == "__main__":
     if not ranks.is_rank():
         wanted = launching.layout()
@@ -45,6 +64,7 @@ if __name__ == "__main__":
 
     def start(arguments, config):
         note_rows()
+        note_writes()
         train.work(arguments, config)
         ranks.leave()
 
