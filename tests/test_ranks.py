@@ -1,11 +1,13 @@
 """Several processes: counted, checked, dealt their rows, and spoken for by one; nothing of this starts one."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,8 +158,6 @@ def test_a_child_of_a_rank_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     be_rank(monkeypatch, 1, 2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("KEPT", "x")
-    import os
-
     left = ranks.outside(os.environ)
     assert "KEPT" in left and not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"} & set(left)
 
@@ -277,8 +277,6 @@ def test_the_slurm_script_hands_each_machine_its_number(tmp_path: Path) -> None:
     for name, words in made.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{words}\n")
         (tools / name).chmod(0o755)
-    import os
-
     done = run(
         ["bash", ROOT / "env" / "slurm.sbatch"],
         tmp_path,
@@ -301,6 +299,10 @@ def test_the_skypilot_task_has_the_shape_that_sky_reads() -> None:
     assert all(isinstance(value, str) for value in task["envs"].values())
     for part in ("setup", "run"):
         assert subprocess.run(["bash", "-n"], input=task[part], text=True).returncode == 0
+    if find_spec("sky"):  # not among the tests' packages
+        import sky
+
+        assert sky.Task.from_yaml(str(ROOT / "env" / "skypilot.yaml")).num_nodes == 1
     makes = re.findall(r"make ([a-z-]+)", task["setup"] + task["run"])
     targets = (ROOT / "Makefile").read_text()
     assert makes and all(re.search(rf"^{name}[ :]", targets, flags=re.M) for name in makes)
@@ -315,3 +317,44 @@ def test_the_cluster_target_hands_on_its_variables(tmp_path: Path) -> None:
     done = run(["make", "train-cluster", "NPROC=4", "MACHINES=2", "MACHINE=1", "MAIN=a:1"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert eval(done.stdout) == {"SFT_NPROC": "4", "SFT_MACHINES": "2", "SFT_MACHINE": "1", "SFT_MAIN": "a:1"}
+
+
+# --- docs/scaling.md
+
+SIZES = {"8B": (4096, 14336, 32, 32, 8, 128256), "70B": (8192, 28672, 80, 64, 8, 128256)}
+ROW = re.compile(
+    r"^\| (8B|70B) (QLoRA|LoRA|full) \| (\S+)(?: to 8)? \| (–|ddp|fsdp) \| ([\d.]+) GiB(, while loading)? \| (.*) \| (on|off) \|$"
+)
+
+
+def test_the_memory_in_the_docs_is_what_the_planner_says() -> None:
+    from scripts.utils import architecture, planning
+    from scripts.utils.hardware import Hardware
+
+    lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    rows = [found.groups() for line in lines if (found := ROW.match(line))]
+    assert len(rows) == sum(line.startswith(("| 8B", "| 70B")) for line in lines) == 11
+    for size, mode, count, engine, peak, loading, card, checkpointing in rows:
+        hidden, middle, layers, heads, keys, vocabulary = SIZES[size]
+        shape = architecture.from_config(
+            {
+                "model_type": "llama",
+                "hidden_size": hidden,
+                "intermediate_size": middle,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": keys,
+                "vocab_size": vocabulary,
+                "tie_word_embeddings": False,
+            }
+        )
+        parallel = "fsdp" if engine == "fsdp" else "ddp"
+        config = load_config(ROOT / "configs" / "base.yaml", f"tuning.mode={mode.lower()} train.parallel={parallel}")
+        gib = float(re.match(r"[\d.]+", card)[0]) if card[0].isdigit() else 80
+        machine = Hardware("cuda", "card", round(gib * 2**30), (8, 6))
+        for processes in range(2, 9) if "any" in count or count == "2" and loading else [int(count)]:
+            plan = planning.make(config, shape, machine, "bf16", "bitsandbytes", processes)
+            assert plan.memory.peak / 2**30 == pytest.approx(float(peak), abs=0.06), (size, mode, processes, engine)
+            assert plan.run.checkpointing == (checkpointing == "on")
+            assert plan.fits == card[0].isdigit(), (size, mode, processes)
+            assert bool(loading) == (plan.memory.largest_turn == "loading" and plan.memory.turns["loading"] > 0)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from scripts.utils.training import SFTTrainer
 
 
+_ONE_WISH = 5.0  # seconds
+
+
 class Rhythm(TrainerCallback):
     """When to evaluate, save and stop; which checkpoint is best; what a signal does."""
 
@@ -27,10 +30,16 @@ class Rhythm(TrainerCallback):
         trainer.begin_sharing()
         trainer.try_save()
 
+        asked_at = 0.0
+
         def ask_to_stop(number: int, frame: object) -> None:
+            nonlocal asked_at
             if trainer.run_state.asked_signal is not None:
+                # a launcher and a cluster's manager each send it to every rank: that is one wish, not two
+                if ranks.world_size() > 1 and time.monotonic() - asked_at < _ONE_WISH:
+                    return
                 raise KeyboardInterrupt  # the second time at once
-            trainer.run_state.asked_signal = number
+            trainer.run_state.asked_signal, asked_at = number, time.monotonic()
             if ranks.world_size() > 1:
                 return  # one of them cannot stop alone: they agree on it in the next step, and say so
             trainer.run_state.stop_signal = number

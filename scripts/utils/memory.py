@@ -90,10 +90,14 @@ def predict(shape: Architecture, run: Setting) -> Memory:
             0, no_gradient(shape, run, wide) + unpacked + logits(shape, run, wide) - always["activations"]
         ),
     }
-    return Memory(_of_one_process(always, shape, run), turns, away + elsewhere)
+    one = _of_one_process(always, shape, run, adapter)
+    if run.sharded:  # the weights are loaded whole, looked at, then cut
+        whole = always["weights"] + always["quantisation tables"] + always["adapter"] + always["framework"]
+        turns["loading"] = max(0, whole - sum(one.values()))
+    return Memory(one, turns, away + elsewhere)
 
 
-def _of_one_process(always: dict[str, int], shape: Architecture, run: Setting) -> dict[str, int]:
+def _of_one_process(always: dict[str, int], shape: Architecture, run: Setting, adapter: int) -> dict[str, int]:
     """What one of several processes holds.
 
     DDP keeps the gradients once more, in the buckets that it sends. FSDP has a part of the weights and of what belongs to
@@ -106,8 +110,12 @@ def _of_one_process(always: dict[str, int], shape: Architecture, run: Setting) -
     kept = ("weights", "quantisation tables", "adapter", "gradients", "optimizer")
     parts = {name: -(-always[name] // run.processes) if name in kept else always[name] for name in always}
     tables = shape.embedding * (1 if shape.tied else 2)
-    wide = 4 if run.mode == "full" or run.precision == "fp32" else 2
-    layer = max(0, always["weights"] - tables * wide) // shape.layers
+    full, wide = run.mode == "full", 4 if run.precision == "fp32" else 2
+    stored = 4 if full else wide
+    layer = max(0, always["weights"] - tables * stored) // shape.layers
+    if full:  # gathered in the run's precision, and no copies of autocast beside it
+        parts["activations"] -= copies_of_weights(shape, adapter, full, wide)
+        layer = layer * wide // stored
     return {**parts, "gathered": 2 * layer + shape.embedding * wide}
 
 
