@@ -352,7 +352,7 @@ def test_the_memory_in_the_docs_is_what_the_planner_says() -> None:
         config = load_config(ROOT / "configs" / "base.yaml", f"tuning.mode={mode.lower()} train.parallel={parallel}")
         gib = float(re.match(r"[\d.]+", card)[0]) if card[0].isdigit() else 80
         machine = Hardware("cuda", "card", round(gib * 2**30), (8, 6))
-        for processes in range(2, 9) if "any" in count or count == "2" and loading else [int(count)]:
+        for processes in range(2, 9) if "any" in count or (count == "2" and loading) else [int(count)]:
             plan = planning.make(config, shape, machine, "bf16", "bitsandbytes", processes)
             assert plan.memory.peak / 2**30 == pytest.approx(float(peak), abs=0.06), (size, mode, processes, engine)
             assert plan.run.checkpointing == (checkpointing == "on")

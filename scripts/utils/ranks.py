@@ -98,7 +98,8 @@ def _join() -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    with _peers():
+        dist.init_process_group(backend, timeout=_PATIENCE)
     return len(gather([0.0]))
 
 
@@ -111,6 +112,14 @@ def leave() -> None:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise as_lost(error) from error
+
+
 def gather(values: Sequence[float]) -> list[list[float]]:
     """Every rank's ``values`` (as many on each), in the order of the ranks, on all of them."""
     if world_size() < 2:
@@ -120,7 +129,8 @@ def gather(values: Sequence[float]) -> list[list[float]]:
 
     mine = torch.tensor(list(values), dtype=torch.float64)
     found = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(found, mine)
+    with _peers():
+        dist.all_gather(found, mine)
     return [values.tolist() for values in found]
 
 
@@ -131,7 +141,8 @@ def gather_objects(value: T) -> list[T]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    with _peers():
+        dist.all_gather_object(found, value)
     return found
 
 
@@ -143,7 +154,8 @@ def from_first(make: Callable[[], T]) -> T:
     import torch.distributed as dist
 
     found: list[Any] = [make() if is_first() else None]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    with _peers():
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     return found[0]
 
 
