@@ -103,7 +103,8 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
         engine = "FSDP: each holds a part of the model" if plan.run.sharded else "DDP: each holds the whole model"
         lines.append(("processes", f"{processes}; the memory above is that of one. {engine}"))
     if plan.memory.host:
-        lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card"))
+        each = f", for each of the {processes} processes" if processes > 1 else ""
+        lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card{each}"))
     rows = rows_in_data(config)
     if rows is None:
         lines.append(("rows, steps", "unknown: no rendered rows (make render)"))

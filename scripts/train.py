@@ -404,6 +404,8 @@ def choose_loss(
     config: "Config", model: Any, examples: Sequence[Encoded], machine: hardware.Hardware, fused: bool
 ) -> tuple[Loss, Exact]:
     """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
+    from scripts.utils.offload import computing_device
+
     loss: Loss = fused_loss if fused else summed_loss
     packing = config.train.packing
     if fused and not packing:
@@ -411,9 +413,13 @@ def choose_loss(
     kernels = None
     if not fused:  # Unsloth brings its own
         kernels = fused_kernels.put(
-            model, config.train.fused_kernels, machine.device, lambda: plain_loss(model, examples), tolerance(model)
+            model,
+            config.train.fused_kernels,
+            computing_device(model).type,
+            lambda: plain_loss(model, examples),
+            tolerance(model),
         )
-    exact = find_exact(model, examples, loss, fused=fused)
+    exact = ranks.from_first(lambda: find_exact(model, examples, loss, fused=fused))
     if packing and not exact.packing:
         console.warn("with this backend and device, packed examples would see one another: packing is off")
     packing = packing and exact.packing
@@ -423,7 +429,7 @@ def choose_loss(
     segments = packing and exact.segments
     kernel = segments and exact.kernel
     exact = replace(exact, packing=packing, segments=segments, shared=shared, lean=lean, kernel=kernel, fused=kernels)
-    exact = ranks.from_first(lambda: sharding.allowed(config, exact))
+    exact = sharding.allowed(config, exact)
     say_exact(exact, fused)
     return loss if fused or exact.chunked else whole_loss, exact
 

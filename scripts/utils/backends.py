@@ -174,7 +174,8 @@ def load_for_training(
     from transformers import set_seed
 
     set_seed(config.train.seed)  # the adapter's first weights are random: the Trainer's own seeding comes too late
-    config = planning.resolve(config, path, hardware, precision, backend)[0]
+    config, plan, _ = planning.resolve(config, path, hardware, precision, backend)
+    device = "cpu" if plan and plan.run.load_on_host else hardware.device  # FSDP moves what it cuts
     checkpointing = config.train.gradient_checkpointing is True
     quantised = config.tuning.mode == "qlora"
     if quantised and hardware.device == "mps":
@@ -183,7 +184,7 @@ def load_for_training(
     if attention == "auto" and (xformers or "").startswith("off"):
         attention = "sdpa"
     build = _build_unsloth if backend == "unsloth" else _build_bitsandbytes
-    model, targets = build(config, path, precision, hardware, checkpointing, attention)
+    model, targets = build(config, path, precision, device, checkpointing, attention)
     keep_four_bits(model)
     actual = attention_of(model)
     if attention not in ("auto", actual):
@@ -231,14 +232,14 @@ def _wanted_targets(config: "Config", model: Any) -> list[str]:
 
 
 def _build_bitsandbytes(
-    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool, attention: str
+    config: "Config", path: Path, precision: "Precision", device: str, checkpointing: bool, attention: str
 ) -> tuple[Any, list[str]]:
     full = config.tuning.mode == "full"
     # full tuning keeps its master weights in fp32 and computes under autocast: small updates vanish in 16 bit
     model = load_causal_lm(
         path,
         precision="fp32" if full else precision,
-        device=hardware.device,
+        device=device,
         quantised=config.tuning.mode == "qlora",
         attention=attention,
         shards=sharding.engine(config) == "fsdp",
@@ -271,7 +272,7 @@ def _build_bitsandbytes(
 
 
 def _build_unsloth(
-    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool, attention: str
+    config: "Config", path: Path, precision: "Precision", device: str, checkpointing: bool, attention: str
 ) -> tuple[Any, list[str]]:
     from unsloth import FastLanguageModel
 

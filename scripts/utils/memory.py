@@ -37,6 +37,7 @@ class Setting:
     scores_kept: bool = False  # eager attention
     processes: int = 1
     sharded: bool = False  # FSDP: each process holds its part of weights, gradients and states; else all of them (DDP)
+    load_on_host: bool = False  # sharded weights wait in host memory until they are cut
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def predict(shape: Architecture, run: Setting) -> Memory:
     }
     one = _of_one_process(always, shape, run, adapter)
     if run.sharded:  # the weights are loaded whole, looked at, then cut
-        whole = always["weights"] + always["quantisation tables"] + always["adapter"] + always["framework"]
-        turns["loading"] = max(0, whole - sum(one.values()))
+        whole = always["weights"] + always["quantisation tables"] + always["adapter"]
+        away += whole if run.load_on_host else 0
+        turns["loading"] = 0 if run.load_on_host else max(0, whole + always["framework"] - sum(one.values()))
     return Memory(one, turns, away + elsewhere)
 
 

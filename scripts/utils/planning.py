@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Plan:
         words += ["gradient checkpointing" if self.run.checkpointing else "no gradient checkpointing"]
         words += ["input embeddings in host memory"] if self.run.host_embeddings else []
         words += ["activations in host memory"] if self.run.offload else []
+        words += ["weights loaded in host memory"] if self.run.load_on_host else []
         return ", ".join(words)
 
     def facts(self) -> dict[str, Any]:
@@ -153,7 +154,13 @@ def plan_as_set(
         processes=processes or ranks.world_size(),
         sharded=is_sharded(config, processes),
     )
-    return Plan(config, shape, run, memory.predict(shape, run), machine, backend)
+    plan = Plan(config, shape, run, memory.predict(shape, run), machine, backend)
+    if plan.fits or not run.sharded or machine.device != "cuda":
+        return plan
+    # several copies of the model in host memory, and the slower way to load it: only where it has to be
+    run = replace(run, load_on_host=True)
+    other = Plan(config, shape, run, memory.predict(shape, run), machine, backend)
+    return other if other.memory.peak < plan.memory.peak else plan
 
 
 def resolve(
