@@ -87,6 +87,11 @@ def check(wanted: Layout, config: "Config") -> None:
             f"{asked}: several processes need Linux: torch has none that work together on a Mac's GPU, nor NCCL on Windows",
             "leave NPROC out",
         )
+    if config.train.parallel == "deepspeed":
+        raise MachineError(
+            "train.parallel: deepspeed does not go through this training loop: its checkpoints are pickles, which no run loads",
+            "train.parallel: fsdp shards weights, gradients and optimizer states too",
+        )
     import torch
 
     cards = torch.cuda.device_count()
@@ -105,7 +110,7 @@ def run(wanted: Layout, script: Path, words: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="sft-ranks-"))
     try:
         with _variables(wanted, folder):
-            failures, stopped = _run(_torchrun_words(wanted, folder, script, words))
+            failures, stopped = _run(_torchrun_words(wanted, folder), [str(script), *words])
         if failures is None and stopped is None:
             return 0
         raise _verdict(wanted, folder, failures or {}, stopped)
@@ -113,8 +118,8 @@ def run(wanted: Layout, script: Path, words: Sequence[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _torchrun_words(wanted: Layout, folder: Path, script: Path, words: Sequence[str]) -> list[str]:
-    """The command line after ``torchrun``. Only the first rank of all speaks; what others print lies in ``folder``."""
+def _torchrun_words(wanted: Layout, folder: Path) -> list[str]:
+    """torchrun's own arguments. Only the first rank of all speaks; what others print lies in ``folder``."""
     quiet = range(0 if wanted.machine else 1, wanted.processes)
     flags = [f"--nproc-per-node={wanted.processes}", f"--nnodes={wanted.machines}", "--max-restarts=0"]
     flags += [
@@ -132,7 +137,7 @@ def _torchrun_words(wanted: Layout, folder: Path, script: Path, words: Sequence[
     else:
         host, _, port = wanted.main.rpartition(":") if ":" in wanted.main else (wanted.main, "", _PORT)
         flags += [f"--node-rank={wanted.machine}", f"--master-addr={host}", f"--master-port={port}"]
-    return [*flags, str(script), *words]
+    return flags
 
 
 @contextlib.contextmanager
@@ -152,22 +157,24 @@ def _variables(wanted: Layout, folder: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _run(words: list[str]) -> tuple[dict[int, Any] | None, int | None]:
+def _run(flags: list[str], words: list[str]) -> tuple[dict[int, Any] | None, int | None]:
     """torchrun in this process: the ranks that failed (None: none did), and the signal that ended it."""
-    level = os.environ.get("LOGLEVEL")
-    os.environ["LOGLEVEL"] = "CRITICAL"  # its loggers take it at import; what they would say is said below
+    import logging
+
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    if level is None:
-        del os.environ["LOGLEVEL"]
-    config, command, arguments = config_from_args(parse_args(words))
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # what they would say is said below
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    # the script's own arguments are not for its parser, which takes --run for the start of a flag that it knows
+    config, command, arguments = config_from_args(parse_args([*flags, words[0]]))
     config.shutdown_timeout = PATIENCE
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        elastic_launch(config, command)(*arguments)
+        elastic_launch(config, command)(*arguments, *words[1:])
     except ChildFailedError as error:
         return dict(error.failures), None
     except SignalException as error:

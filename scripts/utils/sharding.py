@@ -49,11 +49,6 @@ def settings(name: str) -> dict[str, Any]:
 
 def check(config: "Config", precision: str) -> None:
     """Refuse what an engine cannot do; raises ``MachineError``."""
-    if engine(config) == "deepspeed":
-        raise MachineError(
-            "train.parallel: deepspeed has no way through this training loop yet",
-            "train.parallel: fsdp shards weights, gradients and optimizer states too",
-        )
     if engine(config) != "fsdp":
         return
     if precision == "fp16":

@@ -99,6 +99,9 @@ class SFTTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate wants one dict of tensors, and is shown nowhere
 
+    def store_flos(self) -> None:
+        """Nothing: the Trainer's own asks all ranks, also where one saves alone."""
+
     def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's forward and backward passes; the whole step again in halves when memory runs out."""
         model = self.model  # DDP's wrapper has its turn when the gradients are there
