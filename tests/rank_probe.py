@@ -26,7 +26,7 @@ def note_rows() -> None:
     def share(self, inputs):
         found = original(self, inputs)
         step = self.state.global_step + 1
-        line = {"rank": ranks.rank(), "step": step, "rows": [part for part, times in found if times], "given": inputs}
+        line = {"rank": ranks.rank(), "step": step, "rows": [part for part, times in found if times], "given": inputs, "sharded": self.sharded}
         with Path(f"probe-{ranks.rank()}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         victim = os.environ.get("PROBE_KILL", "").split(":")

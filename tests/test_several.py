@@ -30,11 +30,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("several")
     raw = folder / "data" / "raw"
     raw.mkdir(parents=True)
-    lines = [{"question": f"How much is {n} plus {n + 1}?", "answer": f"It is {2 * n + 1}."} for n in range(24)]
+    lines = [{"question": f"How much is {n} plus {n + 1}?", "answer": f"It is {2 * n + 1}."} for n in range(32)]
     (raw / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {
         "model": {"name": str(tiny_model)},
-        "data": {"raw": "data/raw/sums.jsonl"},
+        "data": {"raw": "data/raw/sums.jsonl", "val_fraction": 0.3},
         "render": {"max_length": 64},
         "tuning": {"mode": "lora"},
         "lora": {"r": 4, "alpha": 8},
@@ -180,6 +180,7 @@ def test_shards_learn_what_one_process_learns() -> None:
     assert_only_the_first_wrote()
     assert_learnt_the_same("fsdp")
     assert stamp.require("fsdp")["parallel"]["engine"] == "fsdp"
+    assert all(line["sharded"] for line in noted())
     # an adapter as any other: the same file, loaded anew
     done = script("eval", "--run", "fsdp", "--quick", "--set", "eval.generate=false", cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
