@@ -3,7 +3,8 @@ test wants it.
 
     SFT_NPROC=2 python tests/rank_probe.py --config tiny.yaml
 
-``PROBE_KILL=rank:step:signal`` sends that rank the signal in the middle of that step, once.
+``PROBE_KILL=rank:step:signal`` sends that rank the signal in the middle of that step, once; ``PROBE_FAULT=rank:step:nan`` (or
+``memory``) gives it a loss that is no number there, or takes its memory away for a moment.
 """
 
 import json
@@ -26,7 +27,13 @@ def note_rows() -> None:
     def share(self, inputs):
         found = original(self, inputs)
         step = self.state.global_step + 1
-        line = {"rank": ranks.rank(), "step": step, "rows": [part for part, times in found if times], "given": inputs, "sharded": self.sharded}
+        line = {
+            "rank": ranks.rank(),
+            "step": step,
+            "rows": [part for part, times in found if times],
+            "given": inputs,
+            "sharded": self.sharded,
+        }
         with Path(f"probe-{ranks.rank()}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         victim = os.environ.get("PROBE_KILL", "").split(":")
@@ -34,9 +41,27 @@ def note_rows() -> None:
         if len(victim) == 3 and [ranks.rank(), step] == [int(victim[0]), int(victim[1])] and not done.exists():
             done.write_text(str(time.time()))
             os.kill(os.getpid(), int(victim[2]))
+        fault = os.environ.get("PROBE_FAULT", "").split(":")
+        if fault[:2] == [str(ranks.rank()), str(step)]:
+            plant(self, fault[2])
         return found
 
     SFTTrainer._share = share
+
+
+def plant(trainer, what):
+    import torch
+
+    original = trainer.loss
+
+    def loss(model, row):
+        trainer.loss = original
+        if what == "memory":
+            os.environ.pop("PROBE_FAULT", None)
+            raise torch.OutOfMemoryError("planted")
+        return original(model, row) * float("nan")
+
+    trainer.loss = loss
 
 
 def note_writes() -> None:

@@ -185,7 +185,7 @@ def test_the_first_reason_is_told_and_not_its_consequences(tmp_path: Path) -> No
 
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     leave(tmp_path, 0, "terminated", 143, at=2)
-    error = launching._verdict(Layout(2), tmp_path, failed(r1=-signal.SIGKILL), None)
+    error = launching._verdict(Layout(2), tmp_path, failed(r0=-signal.SIGTERM, r1=-signal.SIGKILL), None)
     assert "process 1 of 2" in error.message and "SIGKILL" in error.message and error.exit_code == 4
     assert "memory" in error.hint
 

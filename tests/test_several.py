@@ -182,7 +182,9 @@ def test_shards_learn_what_one_process_learns() -> None:
     assert stamp.require("fsdp")["parallel"]["engine"] == "fsdp"
     assert all(line["sharded"] for line in noted())
     # an adapter as any other: the same file, loaded anew
-    done = script("eval", "--run", "fsdp", "--quick", "--set", "eval.generate=false", cwd=Path.cwd())
+    done = script(
+        "eval", "--config", "tiny.yaml", "--run", "fsdp", "--quick", "--set", "eval.generate=false", cwd=Path.cwd()
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -259,13 +261,27 @@ def test_dropout_goes_on_where_it_was_on_each_rank() -> None:
     [
         ("", ["--resume", "must"], 3, "nothing to resume"),
         ("lora.target_modules=[nothing]", [], 2, "no layer is called nothing"),
-        ("train.learning_rate=0.9 train.max_grad_norm=0 train.warmup=0 train.max_steps=60", [], 5, "at step"),
     ],
 )
 def test_an_error_of_all_is_told_once_with_its_exit_code(words: str, more: list[str], code: int, told: str) -> None:
     done = train(f"wrong-{code}", words, *more)
     assert done.returncode == code, done.stderr[-2000:]
     assert told in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_loss_that_is_no_number_on_one_rank_stops_all(engine: str) -> None:
+    name = f"diverged-{engine}"
+    done = train(name, f"train.parallel={engine}", PROBE_FAULT="1:3:nan")
+    assert done.returncode == 5, done.stderr[-2000:]
+    assert "at step 3" in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert checkpoints.newest_whole(Path("outputs") / name)[0] == Path(f"outputs/{name}/checkpoint-2")
+
+
+def test_a_rank_without_memory_halves_its_own_share() -> None:
+    said = good(train("halved", PROBE_FAULT="1:3:memory"))
+    assert "another process ran out of memory at step 3" in said
+    assert_learnt_the_same("halved")
 
 
 def test_four_bit_weights_in_shards() -> None:

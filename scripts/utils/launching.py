@@ -192,7 +192,8 @@ def _verdict(wanted: Layout, folder: Path, failures: dict[int, Any], stopped: in
     killed = {number: -failure.exitcode for number, failure in failures.items() if failure.exitcode < 0}
     again = "the same command goes on from the last checkpoint"
     if killed and stopped is None:
-        number, by = min(killed.items())
+        # torchrun ends the others by SIGTERM, and may find them dead at the same look
+        number, by = min(killed.items(), key=lambda item: (item[1] == signal.SIGTERM, item))
         memory = "; if memory ran out, make plan says what to change" if by == signal.SIGKILL else ""
         return MachineError(
             f"process {number} of {wanted.world} was ended from outside ({_signal_name(by)}), so the others were too",

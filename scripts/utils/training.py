@@ -169,7 +169,12 @@ class SFTTrainer(Trainer):
         state = self.run_state
         found = ranks.gather([float(total), finite, state.divisor, state.asked_signal or 0])
         losses, finites, divisors, signals = zip(*found, strict=True)
-        state.divisor = int(max(divisors))
+        if max(divisors) > state.divisor:
+            state.divisor = int(max(divisors))
+            console.warn(
+                f"another process ran out of memory at step {self.state.global_step + 1}: every micro batch is cut into "
+                f"{state.divisor} parts from here on. The step's batch, and so the result, stays the same"
+            )
         if any(signals) and state.stop_signal is None:
             state.stop_signal = int(next(filter(None, signals)))
             console.note("train", "all processes stop after this step and save")
