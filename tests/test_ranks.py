@@ -188,6 +188,9 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     error = launching._verdict(Layout(2), tmp_path, failed(r0=-signal.SIGTERM, r1=-signal.SIGKILL), None)
     assert "process 1 of 2" in error.message and "SIGKILL" in error.message and error.exit_code == 4
     assert "memory" in error.hint
+    leave(tmp_path, 0, "diverged", 5, at=2)
+    error = launching._verdict(Layout(2), tmp_path, failed(r0=5, r1=-signal.SIGTERM), None)
+    assert (error.message, error.exit_code) == ("diverged", 5), "that one was ended by torchrun"
 
 
 def test_a_signal_to_the_launcher_ends_as_the_ranks_say(tmp_path: Path) -> None:

@@ -190,10 +190,10 @@ def _verdict(wanted: Layout, folder: Path, failures: dict[int, Any], stopped: in
     reports = [(json.loads(path.read_text()), int(path.stem)) for path in folder.glob("*.json") if path.stem.isdigit()]
     own = sorted((said["at"], number, said) for said, number in reports if not said["lost"])
     killed = {number: -failure.exitcode for number, failure in failures.items() if failure.exitcode < 0}
+    # torchrun ends the others by SIGTERM, and may find them dead at the same look: that is no cause
+    number, by = min(killed.items(), key=lambda item: (item[1] == signal.SIGTERM, item), default=(0, 0))
     again = "the same command goes on from the last checkpoint"
-    if killed and stopped is None:
-        # torchrun ends the others by SIGTERM, and may find them dead at the same look
-        number, by = min(killed.items(), key=lambda item: (item[1] == signal.SIGTERM, item))
+    if by and stopped is None and (by != signal.SIGTERM or not own):
         memory = "; if memory ran out, make plan says what to change" if by == signal.SIGKILL else ""
         return MachineError(
             f"process {number} of {wanted.world} was ended from outside ({_signal_name(by)}), so the others were too",
