@@ -6,7 +6,6 @@ end, adapters/<run>. Stopped at any moment, the same command goes on from the ne
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,9 +22,11 @@ from scripts.utils import (
     checkpoints,
     command,
     console,
+    environment,
     files,
     fused_kernels,
     hardware,
+    hparams,
     initial,
     launching,
     model_folder,
@@ -37,6 +38,7 @@ from scripts.utils import (
     sharding,
     stamp,
     token_store,
+    trackers,
 )
 from scripts.utils.config import run_name, to_yaml
 from scripts.utils.encoding import Encoded
@@ -82,6 +84,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         return
     run = run_name(config, arguments.config)
     folder = stamp.run_folder(run)
+    trackers.check_installed(config.tracking.report_to)
     want, manifest = rendered.require_current(config)
     if not manifest["splits"]["train"]:
         raise UserError(f"{want.folder}: no rows to train on", "run: make process with more data")
@@ -147,6 +150,12 @@ def train(
     wanted = config
     config = sharding.without_levers(config)
     config, plan, no_plan = planning.resolve(config, model_files.path, machine, precision.actual, choice.actual)
+    if (
+        config.tuning.mode != "qlora"
+        and "8bit" not in hardware.optimizer_name(config, machine)
+        and choice.actual == "bitsandbytes"
+    ):
+        environment.leave_out("bitsandbytes")
     init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None
     identity = resume.identity_of(
         config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None
@@ -226,12 +235,12 @@ def train(
         "config_hash": files.sha256_json(config.model_dump()),
         "identity": identity,
     }
-    if ranks.is_first():
-        stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
-        files.write_text(folder / "config.yaml", to_yaml(config))
-        resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
+    with ranks.first_goes_first():
+        if ranks.is_first():
+            stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
+            files.write_text(folder / "config.yaml", stamp.without_secrets(to_yaml(config)))
+            resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
     names = token_store.RowNames(want.folder, "train", len(examples["train"]))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     trainer = make_trainer(
         folder, config, loaded.model, loss, exact, tokenizer, examples, names, machine, precision.actual, identity
     )
@@ -286,7 +295,7 @@ def make_trainer(
 ) -> "SFTTrainer":
     from transformers import PrinterCallback
 
-    from scripts.utils.callbacks import Report, Rhythm
+    from scripts.utils.callbacks import Report, Rhythm, Tracked
     from scripts.utils.schedule import make_schedule
     from scripts.utils.training import SFTTrainer, training_arguments
 
@@ -309,6 +318,9 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Rhythm(lambda: trainer))
     trainer.add_callback(Report(len(schedule.steps)))
+    record = trackers.record_of(stamp.require(folder.name), config.model_dump(), config.tracking.project)
+    trainer.tracked = Tracked(trackers.names_of(config.tracking.report_to), record)
+    trainer.add_callback(trainer.tracked)
     return trainer
 
 
@@ -327,6 +339,7 @@ def fit(run: str, folder: Path, config: "Config", trainer: "SFTTrainer", checkpo
         with files.disk_errors(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        trainer.tracked.close()
         step = trainer.state.global_step
         if ranks.is_first():
             stamp.reached(run, step)
@@ -355,6 +368,7 @@ def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any,
     export = adapters.export(run, trainer.model, tokenizer, config, examples, trainer.state, check, whole)
     result = {**adapters.result_of(trainer, best), "export": export}
     stamp.end(run, step=trainer.state.global_step, how="finished", result=result)
+    hparams.fill(run)
     summarise(run, trainer, best)
 
 

@@ -37,7 +37,7 @@ def import_unsloth(xformers: str | None) -> None:
     if (xformers or "").startswith("off"):
         # Unsloth takes SDPA where this import fails; XFORMERS_DISABLED is read by nothing (Unsloth 2026.10.9)
         sys.modules["xformers"] = None  # type: ignore[assignment]
-    environment.show_torchvision()
+    environment.show_hidden()
     import unsloth  # noqa: F401
 
 

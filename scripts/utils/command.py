@@ -85,7 +85,7 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
     arguments = parser.parse_args(argv)
 
     def start() -> int | None:
-        environment.prepare(REPO_ROOT)
+        environment.prepare(REPO_ROOT, alone=argv is None)
         from scripts.utils.config import load_config
 
         flags: dict[str, Any] = {}

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +75,7 @@ class SFTTrainer(Trainer):
         self._offloads = config.train.activation_offload and machine.device == "cuda"
         self.checkpoint_bytes = 0
         self._staging: Path | None = None
+        self.tracked: Any = None  # the callback that tells the trackers
         self._restored: dict[str, Any] = {}
         self.sharded = False  # each rank holds a part of the weights, so all must do as many passes
         self._collected: dict[str, Any] = {}  # what all ranks put together for the first one to save
@@ -468,16 +468,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def trackers(config: "Config") -> list[str] | str:
-    """tracking.report_to as the Trainer takes it; raises ``MachineError`` for a tracker that is not installed."""
-    for name in config.tracking.report_to:
-        if find_spec(name) is None:
-            raise MachineError(
-                f"tracking.report_to: {name} is not installed", f"make install EXTRAS={name}, or take it out"
-            )
-    return list(config.tracking.report_to) or "none"
-
-
 def training_arguments(
     config: "Config", folder: Path, machine: hardware.Hardware, precision: str, steps: int
 ) -> TrainingArguments:
@@ -503,7 +493,7 @@ def training_arguments(
         eval_strategy="no",
         save_strategy="no",
         logging_nan_inf_filter=False,
-        report_to=trackers(config),
+        report_to="none",  # callbacks.Tracked does it
         run_name=folder.name,
         disable_tqdm=True,
         remove_unused_columns=False,
