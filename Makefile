@@ -11,7 +11,7 @@ SHELL := bash
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
 unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
-unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP JOBS
+unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY JOBS
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -52,6 +52,7 @@ export SFT_DRY_RUN = $(value DRY_RUN)
 export SFT_PUBLIC = $(value PUBLIC)
 export SFT_SWEEP = $(value SWEEP)
 export SFT_JOBS = $(value JOBS)
+export SFT_BY = $(value BY)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -143,7 +144,7 @@ selftest: ready ## are packing, chunks and shared beginnings exact on this model
 	@$(PY) scripts/selftest.py
 
 ##@ Use
-.PHONY: eval eval-quick eval-full eval-harness report infer infer-batch serve merge merge-if-adapter export-gguf export-ollama push
+.PHONY: eval eval-quick eval-full eval-harness report leaderboard infer infer-batch serve merge merge-if-adapter export-gguf export-ollama push
 eval: ready ## base against tuned model -> outputs/<run>/eval, report.html   RUN= SPLIT= LIMIT=
 	@$(PY) scripts/eval.py
 
@@ -158,6 +159,9 @@ eval-harness: ready ## the model on tasks of lm-evaluation-harness (EXTRAS=harne
 
 report: ready ## curves, before/after, best and worst rows as one page -> outputs/<run>/report.html   RUN=
 	@$(PY) scripts/report.py
+
+leaderboard: ready ## all runs side by side, which is best and is that chance -> outputs/leaderboard.html, .csv   SWEEP= BY=metric
+	@$(PY) scripts/leaderboard.py
 
 infer: ready ## chat with the tuned model, or answer one PROMPT=   RUN= WHICH=tuned|base|merged
 	@$(PY) scripts/infer.py $${SFT_PROMPT:+--prompt="$$SFT_PROMPT"} $${SFT_WHICH:+--which="$$SFT_WHICH"}
@@ -244,3 +248,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
 #: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
 #: REPO, PUBLIC, DRY_RUN for push                     SWEEP, DRY_RUN, JOBS (runs at a time) for sweep
+#: BY       the metric that make leaderboard ranks by   SWEEP    the name of a sweep, for make leaderboard

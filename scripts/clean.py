@@ -28,8 +28,11 @@ CACHES = (
     "build",
     "dist",
     ".cache/quick_start",
+    "outputs/leaderboard.csv",
+    "outputs/leaderboard.html",
 )
 BYTECODE = ("scripts", "tests")
+TRACKIO = Path("outputs/.trackio")  # its record of all runs
 
 
 def contents(folder: Path) -> list[Path]:
@@ -136,6 +139,7 @@ def work(arguments: argparse.Namespace) -> None:
         paths += [
             *marked(Path("adapters"), "sft-adapter.json"),
             *marked(Path("outputs/sweeps"), "sweep.json"),
+            *([TRACKIO] if TRACKIO.is_dir() else []),
             *(p for p in contents(Path(".cache")) if p not in paths),
         ]
         if paths and not confirm(paths, arguments.yes):

@@ -15,10 +15,21 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, comparison, console, files, metrics, run_report, side_by_side, stamp
+from scripts.utils import (
+    command,
+    comparison,
+    console,
+    files,
+    hparams,
+    metrics,
+    run_report,
+    side_by_side,
+    stamp,
+    trackers,
+)
 from scripts.utils.answer_cache import AnswerCache
 from scripts.utils.config import run_name
-from scripts.utils.evaluation import SIDES, Answers, Side, answering_as, evaluate
+from scripts.utils.evaluation import SIDES, Answers, Side, answering_as, asking, evaluate
 from scripts.utils.held_out import Rows, choose_rows
 from scripts.utils.trained import load_trained
 
@@ -92,7 +103,11 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         found = {
             "identity": identity,
             "run": run,
-            "data": {"folder": str(rows.folder), "available": rows.available},
+            "data": {
+                "folder": str(rows.folder),
+                "available": rows.available,
+                "rows_sha256": metrics.rows_hash(asking(rows.chosen)),
+            },
             "settings": settings,
             "model": {"name": facts["model"]["name"], "tuning": facts["tuning"]["mode"], **about},
             **found,
@@ -104,7 +119,19 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         # last, and with the hash of the samples: the two files are of one evaluation, or eval runs again
         found["samples_sha256"] = files.sha256_file(folder / "samples.jsonl")
         files.write_json(folder / "metrics.json", found)
+    track(run, facts, found)
     show(run, folder, found)
+
+
+def track(run: str, facts: dict[str, Any], found: dict[str, Any]) -> None:
+    """The tuned model's figures for the trackers that the run was trained with."""
+    hparams.fill(run)
+    try:
+        config = hparams.read_config(stamp.run_folder(run))
+    except (OSError, ValueError) as problem:
+        console.warn(f"no tracker is told of these figures: {problem}")
+        return
+    trackers.add_later(facts, config, hparams.scores_of(found), (facts.get("result") or {}).get("steps") or 0)
 
 
 def show(run: str, folder: Path, found: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ end, adapters/<run>. Stopped at any moment, the same command goes on from the ne
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from scripts.utils import (
     files,
     fused_kernels,
     hardware,
+    hparams,
     initial,
     model_folder,
     model_store,
@@ -34,6 +34,7 @@ from scripts.utils import (
     resume,
     stamp,
     token_store,
+    trackers,
 )
 from scripts.utils.config import run_name, to_yaml
 from scripts.utils.encoding import Encoded
@@ -66,6 +67,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         return
     run = run_name(config, arguments.config)
     folder = stamp.run_folder(run)
+    trackers.check_installed(config.tracking.report_to)
     want, manifest = rendered.require_current(config)
     if not manifest["splits"]["train"]:
         raise UserError(f"{want.folder}: no rows to train on", "run: make process with more data")
@@ -205,10 +207,9 @@ def train(
         "identity": identity,
     }
     stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
-    files.write_text(folder / "config.yaml", to_yaml(config))
+    files.write_text(folder / "config.yaml", stamp.without_secrets(to_yaml(config)))
     resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
     names = token_store.RowNames(want.folder, "train", len(examples["train"]))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     trainer = make_trainer(
         folder, config, loaded.model, loss, exact, tokenizer, examples, names, machine, precision.actual, identity
     )
@@ -254,7 +255,7 @@ def make_trainer(
 ) -> "SFTTrainer":
     from transformers import PrinterCallback
 
-    from scripts.utils.callbacks import Report, Rhythm
+    from scripts.utils.callbacks import Report, Rhythm, Tracked
     from scripts.utils.schedule import make_schedule
     from scripts.utils.training import SFTTrainer, training_arguments
 
@@ -277,6 +278,9 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Rhythm(lambda: trainer))
     trainer.add_callback(Report(len(schedule.steps)))
+    record = trackers.record_of(stamp.require(folder.name), config.model_dump(), config.tracking.project)
+    trainer.tracked = Tracked(trackers.names_of(config.tracking.report_to), record)
+    trainer.add_callback(trainer.tracked)
     return trainer
 
 
@@ -295,6 +299,7 @@ def fit(run: str, folder: Path, config: "Config", trainer: "SFTTrainer", checkpo
         with files.disk_errors(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        trainer.tracked.close()
         step = trainer.state.global_step
         stamp.reached(run, step)
     if trainer.run_state.stop_signal is not None and step < steps:
@@ -317,6 +322,7 @@ def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any,
     export = adapters.export(run, trainer.model, tokenizer, config, examples, trainer.state, check)
     result = {**adapters.result_of(trainer, best), "export": export}
     stamp.end(run, step=trainer.state.global_step, how="finished", result=result)
+    hparams.fill(run)
     summarise(run, trainer, best)
 
 

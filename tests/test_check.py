@@ -100,6 +100,8 @@ def worked(folder: Path) -> Path:
     (folder / "adapters" / "done" / "sft-adapter.json").write_text("{}")
     (folder / "adapters" / "thesis").mkdir()
     (folder / "adapters" / "thesis" / "thesis.txt").touch()
+    (folder / "outputs" / ".trackio").mkdir()
+    (folder / "outputs" / "leaderboard.html").touch()
     (folder / ".ruff_cache").mkdir()
     (folder / "scripts" / "__pycache__").mkdir(parents=True)
     (folder / ".cache" / "models" / "m").mkdir(parents=True)
@@ -128,12 +130,12 @@ def test_clean_removes_only_what_can_be_made_again_and_says_what(worked):
         "data/rendered/linked",
         "outputs/failed",
     ]
-    gone += [".ruff_cache", "scripts/__pycache__"]
+    gone += [".ruff_cache", "scripts/__pycache__", "outputs/leaderboard.html"]
     assert there(worked, *gone) == [False] * len(gone)
     assert [name for name in gone if f"removed {name}" not in done.stdout] == []
     kept = ["data/raw/rows.jsonl", "data/processed/.gitkeep", "outputs/done", "outputs/resumable", "outputs/going"]
     kept += ["outputs/my notes", "adapters/done", "elsewhere/precious", ".cache/models/m"]
-    kept += ["data/processed/mine/notes.txt", "adapters/thesis/thesis.txt"]
+    kept += ["data/processed/mine/notes.txt", "adapters/thesis/thesis.txt", "outputs/.trackio"]
     assert there(worked, *kept) == [True] * len(kept)
     assert "kept outputs/resumable" in done.stderr and "kept outputs/going" in done.stderr
 
@@ -150,5 +152,8 @@ def test_clean_all_with_yes_leaves_raw_data_and_a_run_that_goes_on(worked):
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = script("clean", "--all", cwd=worked, SFT_YES="1")
     assert done.returncode == 0, done.stderr
-    assert there(worked, "outputs/done", "outputs/resumable", "adapters/done", ".cache/models") == [False] * 4
+    assert (
+        there(worked, "outputs/done", "outputs/resumable", "outputs/.trackio", "adapters/done", ".cache/models")
+        == [False] * 5
+    )
     assert there(worked, "data/raw/rows.jsonl", "outputs/going", "outputs/my notes") == [True] * 3

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scripts import eval as eval_step
 from scripts import report as report_step
 from scripts.utils import (
+    event_log,
     files,
     metrics,
     run_report,
@@ -55,20 +56,16 @@ def page() -> str:
 
 
 def log(folder: Path, train: dict[int, float], val: dict[int, float] | None = None, rate: float = 1e-4) -> Path:
-    """One start's event file, by the writer that the Trainer uses."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    before = set(run_report_curves.event_files(folder))
-    writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=f".{len(before)}")
+    """One start's event file, by the writer that training uses."""
+    before = len(run_report_curves.event_files(folder))
+    events = event_log.EventFile(folder / "tensorboard")
     for step, loss in train.items():
-        writer.add_scalar("train/loss", loss, step)
-        writer.add_scalar("train/learning_rate", rate, step)
+        events.scalars({"train/loss": loss, "train/learning_rate": rate}, step)
     for step, loss in (val or {}).items():
-        writer.add_scalar("eval/loss", loss, step)
-    writer.close()
-    [new] = set(run_report_curves.event_files(folder)) - before
+        events.scalars({"eval/loss": loss}, step)
+    events.close()
     # a name begins with its second: two starts in one test would stand in no order
-    return new.rename(new.with_name(f"events.out.tfevents.{1_000_000 + len(before)}.x"))
+    return events.path.rename(events.path.with_name(f"events.out.tfevents.{1_000_000 + before}.x"))
 
 
 def sample(number: int, *, base: str = "no", tuned: str = "yes", reference: str = "yes", **more: Any) -> dict[str, Any]:

@@ -278,7 +278,8 @@ def torture(
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import pydantic.main  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
+    import tensorboard.plugins.hparams.summary_v2
+    import tensorboard.summary.writer.record_writer  # noqa: F401
 
     import scripts.process
     import scripts.render

@@ -2,13 +2,13 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from scripts.utils import console, resume
+from scripts.utils import console, resume, trackers
 
 if TYPE_CHECKING:
     from scripts.utils.training import SFTTrainer
@@ -105,3 +105,30 @@ class Report(TrainerCallback):
                 "train",
                 f"step {step}/{self.total}  val loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}",
             )
+
+
+class Tracked(TrainerCallback):
+    """What is logged goes to the trackers too (scripts/utils/trackers.py); none of them can stop the run."""
+
+    def __init__(self, names: Sequence[str], record: trackers.Record) -> None:
+        self.names, self.record = names, record
+        self.open: list[trackers.Guarded] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.open = trackers.open_all(self.names, self.record)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        for tracker in self.open:
+            tracker.log(trackers.by_group(logs or {}), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.best_metric is not None:
+            for tracker in self.open:
+                tracker.log({"eval/best_loss": state.best_metric}, state.global_step)
+        self.close()
+
+    def close(self) -> None:
+        """Finish the records; also where the training ended with an error."""
+        while self.open:
+            self.open.pop().finish()

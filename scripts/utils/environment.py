@@ -22,10 +22,16 @@ _DEFAULTS = {
     # two cores, waiting asleep was measured 3 times faster
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",  # forks after use warn on every step otherwise
-    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, and through it transformers, trl and trackio
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets and evaluate
     "DO_NOT_TRACK": "1",
-    "DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",  # diffusers
     "WANDB_DISABLE_CODE": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "GRADIO_ANALYTICS_ENABLED": "False",  # trackio's dashboard
+    "OTEL_SDK_DISABLED": "true",  # OpenTelemetry, which wandb brings
+    "VLLM_NO_USAGE_STATS": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard looks for TensorFlow and is told about it in ten lines
     "BITSANDBYTES_NOWELCOME": "1",

@@ -67,7 +67,7 @@ def exponential(measure: Measure) -> Measure:
     return Measure(measure.stats, fold)
 
 
-def bootstrap(base: Measure, tuned: Measure) -> Interval | None:
+def bootstrap(base: Measure, tuned: Measure, level: float = LEVEL) -> Interval | None:
     """The interval of tuned minus base over the same rows; None for fewer than MIN_ROWS. The same each time."""
     import numpy
 
@@ -87,15 +87,15 @@ def bootstrap(base: Measure, tuned: Measure) -> Interval | None:
     found = found[numpy.isfinite(found)]
     if len(found) < RESAMPLES // 2:
         return None
-    tail = _tail(rows)
+    tail = _tail(rows, level)
     low, high = numpy.quantile(found, [tail, 1 - tail])
     return Interval(float(low), float(high), rows, int((base.stats != tuned.stats).any(1).sum()))
 
 
-def _tail(rows: int) -> float:
-    """Share of the resamples outside on each side: 2.5 % for many rows, less for few."""
+def _tail(rows: int, level: float) -> float:
+    """Share of the resamples outside on each side: 2.5 % for many rows and a level of 95 %, less for few."""
     normal = NormalDist()
-    z, free = normal.inv_cdf((1 + LEVEL) / 2), rows - 1
+    z, free = normal.inv_cdf((1 + level) / 2), rows - 1
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Cornish and Fisher
     return normal.cdf(-t * math.sqrt(rows / free))
 

@@ -4,8 +4,11 @@ A metric that cannot be computed is None with the reason, never 0.0: a zero woul
 before/after table would be decided by it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from scripts.utils import files
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ def headline(rows: Sequence[Mapping[str, float | None]]) -> str:
     if any(values("exact_match")):
         return "exact_match"
     return "chrf" if values("chrf") else "loss"
+
+
+def rows_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Hash of the questions and references that answers were scored on: figures are compared where it is the same."""
+    return files.sha256_json(sorted([row["id"], row["reference"]] for row in rows))
 
 
 def show(name: str, score: Score, *, signed: bool = False) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from scripts.utils import files
+from scripts.utils import event_log, files
 from scripts.utils.errors import SFTError
 from scripts.utils.report_page import table
 
@@ -65,7 +65,9 @@ def read(folder: Path) -> Curves:
 
 
 def event_files(folder: Path) -> list[Path]:
-    return sorted((folder / "tensorboard").glob("events.out.tfevents.*"))
+    """Those of the training, one a start; not the file with the run's results (event_log.py), which holds no curve."""
+    found = (folder / "tensorboard").glob("events.out.tfevents.*")
+    return sorted(path for path in found if not path.name.endswith(event_log.RESULTS))
 
 
 def join(found: dict[str, Points], new: dict[str, Points]) -> None:
@@ -152,7 +154,7 @@ def _figure(title: str, unit: str, lines: dict[str, Points], resumed: Sequence[i
     grid = "".join(f"M0 {1000 * y(mark):.0f}H1000" for mark in marks)
     again = "".join(f"M{1000 * x(step):.0f} 0V1000" for step in resumed if left < step < right)
     paths = Markup("").join(
-        Markup('<path class="{}" d="{}"/>{}').format(name, _line(points, x, y), _dots(name, points, x, y))
+        Markup('<path class="{}" d="{}"/>{}').format(name, line(points, x, y), _dots(name, points, x, y))
         for name, points in drawn.items()
     )
     legend = Markup("").join(
@@ -185,11 +187,11 @@ def _figure(title: str, unit: str, lines: dict[str, Points], resumed: Sequence[i
         grid=grid,
         again=Markup('<path class="again" d="{}"/>').format(again) if again else "",
         paths=paths,
-        along=_along(left, right, x),
+        along=along(left, right, x),
     )
 
 
-def _along(left: int, right: int, x: Any) -> Markup:
+def along(left: int, right: int, x: Any) -> Markup:
     """Labels of the steps; those at the ends stay inside the drawing."""
     shown = sorted({round(mark) for mark in ticks(left, right, 7)})
     return Markup("").join(
@@ -198,7 +200,7 @@ def _along(left: int, right: int, x: Any) -> Markup:
     )
 
 
-def _line(points: Points, x: Any, y: Any) -> str:
+def line(points: Points, x: Any, y: Any) -> str:
     return "M" + "L".join(f"{1000 * x(step):.1f} {1000 * y(value):.1f}" for step, value in points)
 
 

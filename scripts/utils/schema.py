@@ -162,6 +162,7 @@ class MergeSection(Section):
 
 class TrackingSection(Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "sft-play"
 
 
 class Config(Section):

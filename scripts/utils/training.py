@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +73,7 @@ class SFTTrainer(Trainer):
         self._offloads = config.train.activation_offload and machine.device == "cuda"
         self.checkpoint_bytes = 0
         self._staging: Path | None = None
+        self.tracked: Any = None  # the callback that tells the trackers
         self._restored: dict[str, Any] = {}
         super().__init__(train_dataset=Steps(schedule), **options)
         self.model_accepts_loss_kwargs = True  # losses are normalised here, not once more by the Trainer
@@ -369,16 +369,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def trackers(config: "Config") -> list[str] | str:
-    """tracking.report_to as the Trainer takes it; raises ``MachineError`` for a tracker that is not installed."""
-    for name in config.tracking.report_to:
-        if find_spec(name) is None:
-            raise MachineError(
-                f"tracking.report_to: {name} is not installed", f"make install EXTRAS={name}, or take it out"
-            )
-    return list(config.tracking.report_to) or "none"
-
-
 def training_arguments(
     config: "Config", folder: Path, machine: hardware.Hardware, precision: str, steps: int
 ) -> TrainingArguments:
@@ -405,7 +395,7 @@ def training_arguments(
         eval_strategy="no",
         save_strategy="no",
         logging_nan_inf_filter=False,
-        report_to=trackers(config),
+        report_to="none",  # callbacks.Tracked does it
         run_name=folder.name,
         disable_tqdm=True,
         remove_unused_columns=False,
