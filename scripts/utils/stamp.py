@@ -85,6 +85,11 @@ def without_secrets(value: Any) -> Any:
     return clean(value)
 
 
+def holds_secret(text: str) -> bool:
+    """Whether a secret of the environment, or something that looks like a token, stands in ``text``."""
+    return without_secrets(text).count("***") > text.count("***")
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that decide a result."""
     from importlib import metadata
