@@ -40,7 +40,7 @@ from scripts.utils import (
     token_store,
     trackers,
 )
-from scripts.utils.config import run_name, to_yaml
+from scripts.utils.config import run_name
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, Interrupted, RefusedError, UserError
 from scripts.utils.loss import Exact, Loss, find_exact, fused_loss, plain_loss, summed_loss, tolerance, whole_loss
@@ -238,7 +238,7 @@ def train(
     with ranks.first_goes_first():
         if ranks.is_first():
             stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
-            files.write_text(folder / "config.yaml", stamp.without_secrets(to_yaml(config)))
+            hparams.write_config(folder, config.model_dump())
             resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
     names = token_store.RowNames(want.folder, "train", len(examples["train"]))
     trainer = make_trainer(
