@@ -213,6 +213,12 @@ def test_the_config_that_a_run_is_given_is_the_config_that_was_checked(folder: P
     assert load_config("given.yaml") == run.resolved
 
 
+def test_a_config_with_a_secret_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "a-very-secret-value")
+    message = said_of("grid: {style.text: ['say a-very-secret-value first']}\n")
+    assert "secret" in message and "a-very-secret-value" not in message
+
+
 def test_variables_of_make_reach_every_run() -> None:
     (run,) = runs_of("data: a.jsonl\n", variables={"LIMIT": ("eval.limit", "7")})
     assert run.resolved.eval.limit == 7

@@ -37,6 +37,7 @@ class Job:
     process: "subprocess.Popen[bytes] | None" = None
     began: float = 0.0
     log_size: int = 0
+    watched: bool = False  # it is training, and may be given up
 
     def spend(self) -> None:
         """Book the time since the last booking."""
@@ -164,6 +165,8 @@ class Crew:
         job.step = job.left.pop(0)
         console.note("sweep", f"[{self.numbers[job.run.name]}] {job.run.name}: {job.step}")
         job.log_size = job.run.log.stat().st_size
+        # one that had finished training has nothing left to be given up
+        job.watched = job.step == "train" and (stamp.read(job.run.name) or {}).get("status") != "finished"
         script = files.REPO_ROOT / "scripts" / f"{job.step}.py"
         with job.run.log.open("ab") as log:
             # no stdin: a step that asked would wait for ever. A session of its own: a Ctrl-C reaches it once, through us
@@ -182,7 +185,7 @@ class Crew:
         """Go on with the next step, or close the run, when the process has ended."""
         code = job.exit_code()
         if code is None:
-            if self.watch and job.step == "train" and job.entry.state == "running" and self.watch.is_hopeless(job.run):
+            if self.watch and job.watched and job.entry.state == "running" and self.watch.is_hopeless(job.run):
                 self.give_up(job)
             return
         if code:

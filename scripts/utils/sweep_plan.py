@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import console, files, sweep_choices
+from scripts.utils import console, files, stamp, sweep_choices
 from scripts.utils.config import data_name, load_config, parse_overrides, run_name
 from scripts.utils.errors import UserError
 from scripts.utils.sweep_choices import Choice, Value
@@ -122,6 +122,10 @@ def expand(wanted: Wanted) -> list[Run]:
 def _one(wanted: Wanted, path: str, config: str, choice: Choice, number: int) -> Run:
     values = [*wanted.given, *choice.values]
     resolved = load_config(config, "", {"data.raw": path}, values)
+    if stamp.holds_secret(resolved.model_dump_json()):
+        raise UserError(
+            f"{config}: a value of this config holds a secret, and a sweep writes the config of each run down", ""
+        )
     varied = [sweep_choices.canonical(key) for key, _, _ in choice.values if key != "train.seed" or choice.seed is None]
     variant = {key: value_of(resolved, key) for key in varied}
     pattern = wanted.plan.name if wanted.plan else None
