@@ -11,7 +11,7 @@ SHELL := bash
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
 unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
-unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY JOBS
+unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY JOBS MACHINES MACHINE MAIN
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -53,6 +53,9 @@ export SFT_PUBLIC = $(value PUBLIC)
 export SFT_SWEEP = $(value SWEEP)
 export SFT_JOBS = $(value JOBS)
 export SFT_BY = $(value BY)
+export SFT_MACHINES = $(value MACHINES)
+export SFT_MACHINE = $(value MACHINE)
+export SFT_MAIN = $(value MAIN)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -118,11 +121,11 @@ full-pipeline: train ## everything: process, style, render, train, eval
 	@$(PY) scripts/eval.py
 
 ##@ Train
-.PHONY: plan train train-bnb train-unsloth train-bnb-tb train-unsloth-tb sweep tensorboard tb-stop selftest
-plan: ready ## predict memory, steps, hours and disk, and what to change where it does not fit   CONFIG= MODEL= SET= GPU_GB=8
+.PHONY: plan train train-bnb train-unsloth train-bnb-tb train-unsloth-tb train-cluster sweep tensorboard tb-stop selftest
+plan: ready ## predict memory, steps, hours and disk, and what to change where it does not fit   CONFIG= MODEL= SET= GPU_GB=8 NPROC=
 	@$(PY) scripts/plan.py
 
-train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must
+train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must NPROC=
 	@$(PY) scripts/train.py
 
 train-bnb train-unsloth: train-%: render ## the same with this backend (configs/run_bnb.yaml or run_unsloth.yaml; CONFIG= wins)
@@ -130,6 +133,9 @@ train-bnb train-unsloth: train-%: render ## the same with this backend (configs/
 
 train-bnb-tb train-unsloth-tb: train-%-tb: render ## the same with TensorBoard beside it   PORT=6006 KEEP_TB=1
 	@$(PY) scripts/board.py with -- $(PY) scripts/train.py
+
+train-cluster: ## this machine's share of a run on several (env/slurm.sbatch, env/skypilot.yaml)   NPROC= MACHINES= MACHINE= MAIN=host:29500
+	@$(PY) scripts/train.py
 
 sweep: ready ## many runs: data sets x configs x any keys, as a plan says; goes on after a kill   SWEEP=configs/sweep_example.yaml DRY_RUN=1 JOBS=
 	@$(PY) scripts/batch.py
@@ -249,3 +255,4 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
 #: REPO, PUBLIC, DRY_RUN for push                     SWEEP, DRY_RUN, JOBS (runs at a time) for sweep
 #: BY       the metric that make leaderboard ranks by   SWEEP    the name of a sweep, for make leaderboard
+#: NPROC    processes of a training run, one a GPU (1)  MACHINES, MACHINE (from 0), MAIN (host:port of 0) for train-cluster

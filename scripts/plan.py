@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, forecast, hardware, planning
+from scripts.utils import command, console, forecast, hardware, launching, planning
 from scripts.utils.planning import Plan
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         "make plan",
         "make plan CONFIG=configs/run_bnb.yaml GPU_GB=8",
         "make plan MODEL=Qwen/Qwen2.5-7B-Instruct GPU_GB=8",
+        'make plan GPU_GB=24 NPROC=4 SET="train.parallel=fsdp"',
         "sft-plan --gpu-gb 12 --set train.batch_size=auto",
     ]
     parser = command.new_parser(
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def work(arguments: argparse.Namespace, config: "Config") -> int:
     machine = forecast.imagined(arguments.gpu_gb) if arguments.gpu_gb else hardware.detect()
     precision = hardware.choose_precision(config.train, machine)
-    plan = forecast.plan_of(config, machine, precision.actual)
+    plan = forecast.plan_of(config, machine, precision.actual, launching.layout().world)
     show_memory(plan)
     console.facts("the run", facts(plan, precision))
     console.result()
@@ -75,8 +76,13 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
         ("optimizer", plan.run.optimizer),
         ("assumed", "0.8 GiB for the CUDA context and kernels" if plan.run.device == "cuda" else "0.7 GiB for the libraries"),
     ]  # fmt: skip
+    processes = plan.run.processes
+    if processes > 1:
+        engine = "FSDP: each holds a part of the model" if plan.run.sharded else "DDP: each holds the whole model"
+        lines.append(("processes", f"{processes}; the memory above is that of one. {engine}"))
     if plan.memory.host:
-        lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card"))
+        each = f", for each of the {processes} processes" if processes > 1 else ""
+        lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card{each}"))
     work = forecast.work_of(plan)
     if work is None:
         lines.append(("rows, steps", "unknown: no rendered rows (make render)"))
@@ -86,7 +92,7 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
                 "rows, steps",
                 f"{work.rows:,} train rows, about {work.tokens:,.0f} tokens an epoch; about {work.steps:,} steps",
             ),
-            ("time", f"about {console.duration(work.seconds)}, {forecast.speed(plan)}"),
+            ("time", f"about {console.duration(work.seconds)}, {forecast.speed(plan)}{forecast.together(plan)}"),
         ]
     lines.append(
         (

@@ -19,9 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
 errors schema console environment template_child scoring overlap intervals
-workers
+workers ranks
 files yaml_text sweep_schema gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
-hardware event_log safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
+hardware launching sharding event_log safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
 arrow_rows unsloth_probe
 config sweep_file architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory

@@ -11,7 +11,7 @@ from tests.commands import ROOT, run
 
 TARGETS = (
     "install setup-dirs quickstart sample-data check process style render inspect full-pipeline plan train train-bnb train-unsloth "
-    "train-bnb-tb train-unsloth-tb sweep tensorboard tb-stop eval eval-quick eval-full eval-harness report leaderboard infer infer-batch serve merge export-gguf export-ollama push download-model "
+    "train-bnb-tb train-unsloth-tb train-cluster sweep tensorboard tb-stop eval eval-quick eval-full eval-harness report leaderboard infer infer-batch serve merge export-gguf export-ollama push download-model "
     "test test-fast torture torture-sweep bench bench-data lint format clean clean-all"
 ).split()
 

@@ -42,12 +42,12 @@ def imagined(words: str) -> Hardware:
     return Hardware("cuda", f"a CUDA card of {gigabytes:g} GiB", round(gigabytes * 2**30), (8, 6))
 
 
-def plan_of(config: "Config", machine: Hardware, precision: Precision) -> Plan:
+def plan_of(config: "Config", machine: Hardware, precision: Precision, processes: int = 1) -> Plan:
     """The plan of a run, by its model's config.json (fetched where it is not here)."""
     folder = Path(config.model.name).expanduser()
     if not (folder / "config.json").is_file():  # a folder with this file alone will do
         folder = model_store.resolve(config.model.name, config.model.revision, tokenizer_only=True).path
-    return planning.make(config, architecture.read(folder), machine, precision, config.tuning.backend)
+    return planning.make(config, architecture.read(folder), machine, precision, config.tuning.backend, processes)
 
 
 def work_of(plan: Plan) -> Work | None:
@@ -59,7 +59,16 @@ def work_of(plan: Plan) -> Work | None:
     micro = math.ceil(tokens / plan.run.tokens) if train.packing else math.ceil(rows / train.micro_batch)
     steps = train.max_steps or math.ceil(math.ceil(micro / train.gradient_accumulation) * train.epochs)
     seen = tokens * min(steps * train.gradient_accumulation / max(micro, 1), 1e9)
-    return Work(rows, tokens, steps, seen * operations(plan) / SPEED[plan.run.device])
+    return Work(rows, tokens, steps, seen * operations(plan) / SPEED[plan.run.device] / busy(plan))
+
+
+def busy(plan: Plan) -> int:
+    """How many processes have something to do: a step has no more rows to deal out than micro batches."""
+    return min(plan.run.processes, plan.config.train.gradient_accumulation)
+
+
+def together(plan: Plan) -> str:
+    return f", on {busy(plan)} processes if what they send costs nothing (it does)" if busy(plan) > 1 else ""
 
 
 def operations(plan: Plan) -> float:

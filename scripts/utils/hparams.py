@@ -76,6 +76,17 @@ def fill(run: str) -> bool:
         return False
 
 
+def as_text(config: Mapping[str, Any]) -> str:
+    """A resolved config as YAML without secrets. Taken out before it becomes YAML: a bare ``***`` would be read as an alias."""
+    import yaml
+
+    return str(yaml.safe_dump(stamp.without_secrets(dict(config)), sort_keys=False, allow_unicode=True))
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    files.write_text(folder / "config.yaml", as_text(config))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config in a run's folder, in sections, without secrets; empty where there is none. Damage is a ``ValueError``."""
     import yaml

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.utils import console, files, trained
+from scripts.utils import console, files, ranks, trained
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import MachineError, RefusedError
 from scripts.utils.loss import batch_loss
@@ -64,7 +64,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=SECONDS,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**ranks.outside(os.environ), "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired:
         return {"skipped": f"it did not end within {SECONDS} seconds"}

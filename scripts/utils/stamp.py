@@ -178,6 +178,9 @@ def for_people(stamp: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in stamp["versions"].items())),
         ("git", f"{git['commit'][:12]}{', with changes' if git['dirty'] else ''}" if git else "–"),
     ]
+    if parallel := stamp.get("parallel"):
+        where = f" on {parallel['machines']} machines" if parallel["machines"] > 1 else ""
+        lines.append(("processes", f"{parallel['processes']}{where}, {parallel['engine']}"))
     if result:
         loss = result["best_eval_loss"]
         lines.append(

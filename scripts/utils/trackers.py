@@ -113,11 +113,9 @@ def check_installed(report_to: Sequence[str]) -> None:
 
 def record_of(facts: Mapping[str, Any], config: Mapping[str, Any], project: str) -> Record:
     """What the trackers are told: ``facts`` is the run's stamp, ``config`` its resolved config in sections."""
-    import yaml
-
     run, clean = facts["run"], stamp.without_secrets(dict(config))
     began = str((facts.get("starts") or [{}])[0].get("at", "")).replace(":", "").replace("-", "")
-    text = yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
+    text = hparams.as_text(clean)
     key = f"{run}-{began}" if began else run
     project = os.environ.get("WANDB_PROJECT") or project
     return Record(run, stamp.run_folder(run).absolute(), key, project, clean, text, facts["data"]["name"])
