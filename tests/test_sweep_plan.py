@@ -199,6 +199,22 @@ def test_the_names_of_folders_do_not_make_another_run() -> None:
     assert named.fingerprint == alone.fingerprint and named.data_name == "mine"
 
 
+def test_a_key_that_the_schema_gains_later_makes_no_other_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.utils import schema
+
+    plan = "grid: {render.max_length: [64, 128]}\n"
+    before = [(run.fingerprint, run.data_name) for run in runs_of(plan)]
+
+    class Later(schema.RenderSection):
+        new_key: int = 3
+
+    class LaterConfig(schema.Config):
+        render: Later = Later()
+
+    monkeypatch.setattr(schema, "Config", LaterConfig)
+    assert [(run.fingerprint, run.data_name) for run in runs_of(plan)] == before
+
+
 def test_the_config_that_a_run_is_given_is_the_config_that_was_checked(folder: Path) -> None:
     nasty = {
         "data": {"columns": {"user": "Frage: 1", "assistant": "null"}, "format": "pairs"},

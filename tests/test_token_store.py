@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,29 @@ def test_the_store_holds_each_row_as_render_counted_it(
     assert isinstance(again, token_store.TokenStore) and list(again) == expected
     names = token_store.RowNames(want.folder, "train", len(made))
     assert names[3].startswith("data/raw/sums.jsonl:") and len(names) == len(made)
+
+
+def test_two_runs_on_the_same_rows_make_the_store_once(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project()
+    want, manifest, tokenizer = rendered_rows()
+    token_store.examples(want, manifest, "train", tokenizer)
+    expected = plain(want, tokenizer)
+    store, aside = want.folder / ".tokens", want.folder / ".aside"
+    store.rename(aside)
+    made: list[Any] = []
+    monkeypatch.setattr(token_store, "encode_row", never)
+    with files.file_lock(want.folder / ".tokens.lock", wait_seconds=0, what="test"):
+        other = threading.Thread(
+            target=lambda: made.append(token_store.examples(want, manifest, "train", tokenizer)), daemon=True
+        )
+        other.start()
+        other.join(0.5)
+        assert not made  # it waits for the one that is making it
+        aside.rename(store)
+    other.join(60)
+    assert list(made[0]) == expected
 
 
 @pytest.mark.parametrize("name", ["ids", "trained", "starts", token_store.META])

@@ -209,10 +209,15 @@ def _filled(pattern: str, facts: Mapping[str, Any], config: "Config", where: str
 
 def _fingerprint(config: "Config", steps: Sequence[str]) -> str:
     """Hash of what a run does: its config, but for the names of run and data folders, and its steps."""
-    settings = config.model_dump(mode="json")
-    settings["run"].pop("name")
-    settings["data"].pop("name")
-    return files.sha256_json([settings, list(steps)])
+    return files.sha256_json([_settings(config), list(steps)])
+
+
+def _settings(config: "Config") -> dict[str, Any]:
+    """What differs from the defaults: a new key in the schema makes no other run of those that are there."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    for section in ("run", "data"):
+        settings.setdefault(section, {}).pop("name", None)
+    return settings
 
 
 def _named_apart(runs: Sequence[Run]) -> list[Run]:
@@ -233,10 +238,9 @@ def _in_folders_of_their_own(runs: Sequence[Run]) -> list[Run]:
     """
 
     def made_by(config: "Config") -> str:
-        settings = config.model_dump(mode="json")
-        settings["data"].pop("name")
+        settings = _settings(config)
         model = config.model.name, config.model.revision
-        return files.sha256_json([settings["data"], settings["style"], settings["render"], model])
+        return files.sha256_json([settings["data"], settings.get("style"), settings.get("render"), model])
 
     kinds: dict[str, set[str]] = {}
     for run in runs:

@@ -106,9 +106,8 @@ def show(sweep: Sweep, runs: Sequence[Run], budget: "Budget | None") -> None:
         exact, loss = (_metric(run, entry, key, form) for key, form in (("exact_match", ".1%"), ("loss", ".4f")))
         code = "–" if entry.exit_code is None else entry.exit_code
         time = console.duration(entry.seconds) if entry.attempts else "–"
-        rows.append(
-            [run.name, ended(entry), code, exact, loss, time, entry.attempts, run.log if run.log.exists() else "–"]
-        )
+        log = run.log if entry.state != "done" and run.log.exists() else "–"  # leaves room for long names
+        rows.append([run.name, ended(entry), code, exact, loss, time, entry.attempts, log])
     well = sweep.count("done")
     title = f"sweep {sweep.name}: {well} of {len(runs)} runs ended well"
     header = ["run", "ended", "exit code", "exact match", "eval loss", "time", "starts", "log"]
