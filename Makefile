@@ -11,7 +11,7 @@ SHELL := bash
 # a quote, a backtick or a $ in them would be run as shell code.
 unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
 unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
-unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY
+unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY JOBS MACHINES MACHINE MAIN
 export SFT_CONFIG = $(value CONFIG)
 export SFT_RUN = $(value RUN)
 export SFT_SET = $(value SET)
@@ -51,7 +51,11 @@ export SFT_REPO = $(value REPO)
 export SFT_DRY_RUN = $(value DRY_RUN)
 export SFT_PUBLIC = $(value PUBLIC)
 export SFT_SWEEP = $(value SWEEP)
+export SFT_JOBS = $(value JOBS)
 export SFT_BY = $(value BY)
+export SFT_MACHINES = $(value MACHINES)
+export SFT_MACHINE = $(value MACHINE)
+export SFT_MAIN = $(value MAIN)
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -78,7 +82,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,wandb,trackio TORCH=auto|cpu PYTHON=
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,sweep,wandb,trackio TORCH=auto|cpu PYTHON=
 	@env/install.sh
 
 ready:
@@ -117,11 +121,11 @@ full-pipeline: train ## everything: process, style, render, train, eval
 	@$(PY) scripts/eval.py
 
 ##@ Train
-.PHONY: plan train train-bnb train-unsloth train-bnb-tb train-unsloth-tb tensorboard tb-stop selftest
-plan: ready ## predict memory, steps, hours and disk, and what to change where it does not fit   CONFIG= MODEL= SET= GPU_GB=8
+.PHONY: plan train train-bnb train-unsloth train-bnb-tb train-unsloth-tb train-cluster sweep tensorboard tb-stop selftest
+plan: ready ## predict memory, steps, hours and disk, and what to change where it does not fit   CONFIG= MODEL= SET= GPU_GB=8 NPROC=
 	@$(PY) scripts/plan.py
 
-train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must
+train: render ## train, after whatever steps are missing -> outputs/<run>, adapters/<run>   CONFIG= RUN= SET= RESUME=auto|never|must NPROC=
 	@$(PY) scripts/train.py
 
 train-bnb train-unsloth: train-%: render ## the same with this backend (configs/run_bnb.yaml or run_unsloth.yaml; CONFIG= wins)
@@ -129,6 +133,12 @@ train-bnb train-unsloth: train-%: render ## the same with this backend (configs/
 
 train-bnb-tb train-unsloth-tb: train-%-tb: render ## the same with TensorBoard beside it   PORT=6006 KEEP_TB=1
 	@$(PY) scripts/board.py with -- $(PY) scripts/train.py
+
+train-cluster: ## this machine's share of a run on several (env/slurm.sbatch, env/skypilot.yaml)   NPROC= MACHINES= MACHINE= MAIN=host:29500
+	@$(PY) scripts/train.py
+
+sweep: ready ## many runs: data sets x configs x any keys, as a plan says; goes on after a kill   SWEEP=configs/sweep_example.yaml DRY_RUN=1 JOBS=
+	@$(PY) scripts/batch.py
 
 tensorboard: ready ## start TensorBoard on outputs/, on this machine only   PORT=6006
 	@$(PY) scripts/board.py start
@@ -188,7 +198,7 @@ push: ready ## to the hub with a model card, private unless PUBLIC=1   REPO= RUN
 ##@ Develop
 # two files of tests at a time, in the order that tests/conftest.py gives them
 TWO_AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
-.PHONY: install-dev test test-fast torture bench bench-data lint format clean clean-all
+.PHONY: install-dev test test-fast torture torture-sweep bench bench-data lint format clean clean-all
 install-dev: export SFT_EXTRAS = dev $(value EXTRAS)
 install-dev:
 	@env/install.sh
@@ -201,6 +211,9 @@ test-fast: install-dev ## the tests that take about 3 minutes together
 
 torture: install-dev ## kill a run at random and at every crash point of its saves, fill its disk, resume each time   KILLS=200
 	@$(PY) -m tests.torture
+
+torture-sweep: install-dev ## kill a sweep of 2 data sets x 3 configs at random moments, and prove each run trained once   KILLS=10 MODEL=
+	@$(PY) -m tests.sweep_torture
 
 bench: export SFT_EXTRAS = bench $(value EXTRAS)
 bench: ## training beside TRL and a padded Trainer, on the same rows   RAW= ROWS=64 ROUNDS=3 PRECISION=fp32|bf16
@@ -240,4 +253,6 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 #: GPU_GB   make plan for a CUDA card of this many GiB that need not be here
 #: KILLS    kills of make torture (200)                ROWS     rows for make bench, sizes for make bench-data
 #: ROUNDS, PRECISION for make bench                   QUANT, CONVERTER for export-gguf
-#: REPO, PUBLIC, DRY_RUN for push                  SWEEP, BY for leaderboard
+#: REPO, PUBLIC, DRY_RUN for push                     SWEEP, DRY_RUN, JOBS (runs at a time) for sweep
+#: BY       the metric that make leaderboard ranks by   SWEEP    the name of a sweep, for make leaderboard
+#: NPROC    processes of a training run, one a GPU (1)  MACHINES, MACHINE (from 0), MAIN (host:port of 0) for train-cluster

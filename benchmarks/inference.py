@@ -102,7 +102,7 @@ def inference(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path
     }
     ended = (
         f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, padded on the left, up to "
-        f"{NEW_TOKENS} new tokens, greedy, in {arguments.precision}; medians of {arguments.rounds} rounds. "
+        f"{NEW_TOKENS} new tokens, greedy, in {arguments.precision}; {results.of_rounds(arguments.rounds)}. "
         f"{found['machine']}, {found['date']}."
     )
     return "inference", found, f"### Inference in {arguments.precision}\n\n{text}\n\n{ended}\n"

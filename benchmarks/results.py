@@ -107,9 +107,13 @@ def contest_text(found: dict[str, Any]) -> str:
     return (
         f"### Training in {found['job']['precision']}\n\n{against}\n\n{figures}\n\n"
         f"{rows['count']} rows of `{rows['raw']}` ({rows['tokens']:,} tokens, {rows['trained']:,} of them answers), "
-        f"medians of {found['rounds']} rounds. Held-out loss of the base model: {found['held_out']['base']:.3f} ({rows['held']} rows). "
+        f"{of_rounds(found['rounds'])}. Held-out loss of the base model: {found['held_out']['base']:.3f} ({rows['held']} rows). "
         f"This processor's matrix multiplication: {limit_text}. {found['machine']}, TRL {found['trl']}, {found['date']}.\n"
     )
+
+
+def of_rounds(count: int) -> str:
+    return "one run of each" if count == 1 else f"medians of {count} rounds"
 
 
 def save(folder: Path, part: str, found: dict[str, Any], text: str) -> None:

@@ -153,5 +153,5 @@ def gib(peak: float | None) -> str:
 def part(title: str, text: str, why: str, arguments: argparse.Namespace) -> str:
     from benchmarks import results
 
-    ended = f"{why}; medians of {arguments.rounds} rounds. {results.machine()}, {date.today().isoformat()}."
+    ended = f"{why}; {results.of_rounds(arguments.rounds)}. {results.machine()}, {date.today().isoformat()}."
     return f"### {title}\n\n{text}\n\n{ended[0].upper()}{ended[1:]}\n"

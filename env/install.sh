@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the project and what it needs: with uv if present, else with pip; into the active environment, else .venv.
 #
-#   SFT_EXTRAS   dev, unsloth, data, json, serve, liger, gguf, harness, bench, wandb, trackio (commas or spaces between); what was asked for before stays
+#   SFT_EXTRAS   dev, unsloth, data, json, serve, liger, gguf, harness, bench, sweep, wandb, trackio (commas or spaces between); what was asked for before stays
 #   SFT_TORCH    auto (default): the CPU-only build where there is no NVIDIA GPU and it can be had; cpu: only that build
 #   SFT_PYTHON   the Python that a new .venv is made with (default: the first of 3.11-3.13 on the PATH)
 #   --if-missing do nothing where the steps can already run
@@ -68,8 +68,8 @@ sorted_words() { printf '%s\n' "$*" | tr -s ', ' '\n' | sed '/^$/d' | sort -u; }
 wanted=$(sorted_words "${SFT_EXTRAS:-}")
 for extra in $wanted; do
     case "$extra" in
-        dev | unsloth | data | json | serve | liger | gguf | harness | bench | wandb | trackio) ;;
-        *) fail 2 "EXTRAS: unknown extra $extra" "known are dev, unsloth, data, json, serve, liger, gguf, harness, bench, wandb and trackio" ;;
+        dev | unsloth | data | json | serve | liger | gguf | harness | bench | sweep | wandb | trackio) ;;
+        *) fail 2 "EXTRAS: unknown extra $extra" "known are dev, unsloth, data, json, serve, liger, gguf, harness, bench, sweep, wandb and trackio" ;;
     esac
 done
 

@@ -138,6 +138,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.all:
         paths += [
             *marked(Path("adapters"), "sft-adapter.json"),
+            *marked(Path("outputs/sweeps"), "sweep.json"),
             *([TRACKIO] if TRACKIO.is_dir() else []),
             *(p for p in contents(Path(".cache")) if p not in paths),
         ]

@@ -103,7 +103,7 @@ def export(
     console.note("export-gguf", f"{whole.folder} as {quant}, by {converter or 'our own writer on the gguf package'}")
     for left in target.parent.glob(".new-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as temporary:
+    with files.disk_errors(target), tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as temporary:
         new = Path(temporary) / target.name
         with files.disk_errors(target):
             if converter:

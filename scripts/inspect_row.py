@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import chat, command, console, files, shown, stages
+from scripts.utils import chat, command, console, environment, files, shown, stages
 from scripts.utils.errors import UserError
 from scripts.utils.rendered import encode_row, require_current
 
@@ -50,6 +50,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         raise UserError(f"SPLIT is {arguments.split!r}", f"give one of {', '.join(stages.SPLITS)}")
     want, manifest = require_current(config)
     number, row = find(want.folder, arguments.split, arguments.row, manifest["splits"])
+    environment.leave_out("torch")
     tokenizer = chat.load_tokenizer(want.model.path)
     encoded = encode_row(tokenizer, row)
     pieces = shown.to_pieces(tokenizer, encoded)

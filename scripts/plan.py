@@ -4,25 +4,19 @@ Reads the model's config.json and the manifest in data/rendered where there is o
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import architecture, command, console, hardware, model_store, planning, stages
-from scripts.utils.config import data_name
-from scripts.utils.errors import UserError
+from scripts.utils import command, console, forecast, hardware, launching, planning
 from scripts.utils.planning import Plan
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
-
-# floating-point operations a second that training really gets, by class of device: assumed, not measured
-SPEED = {"cuda": 12e12, "mps": 2e12, "cpu": 0.1e12}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         "make plan",
         "make plan CONFIG=configs/run_bnb.yaml GPU_GB=8",
         "make plan MODEL=Qwen/Qwen2.5-7B-Instruct GPU_GB=8",
+        'make plan GPU_GB=24 NPROC=4 SET="train.parallel=fsdp"',
         "sft-plan --gpu-gb 12 --set train.batch_size=auto",
     ]
     parser = command.new_parser(
@@ -45,13 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def work(arguments: argparse.Namespace, config: "Config") -> int:
-    machine = imagined(arguments.gpu_gb) if arguments.gpu_gb else hardware.detect()
+    machine = forecast.imagined(arguments.gpu_gb) if arguments.gpu_gb else hardware.detect()
     precision = hardware.choose_precision(config.train, machine)
-    backend = config.tuning.backend
-    folder = Path(config.model.name).expanduser()
-    if not (folder / "config.json").is_file():  # a folder with this file alone will do
-        folder = model_store.resolve(config.model.name, config.model.revision, tokenizer_only=True).path
-    plan = planning.make(config, architecture.read(folder), machine, precision.actual, backend)
+    plan = forecast.plan_of(config, machine, precision.actual, launching.layout().world)
     show_memory(plan)
     console.facts("the run", facts(plan, precision))
     console.result()
@@ -60,17 +51,6 @@ def work(arguments: argparse.Namespace, config: "Config") -> int:
         return 0
     show_remedies(plan)
     return 4
-
-
-def imagined(words: str) -> hardware.Hardware:
-    """A CUDA card that need not be there, of the Ampere generation or newer."""
-    try:
-        gigabytes = float(words)
-    except ValueError:
-        gigabytes = math.nan
-    if not 0 < gigabytes < 10_000:
-        raise UserError(f"GPU_GB is {words!r}, expected a number of GiB", "for example: make plan GPU_GB=8")
-    return hardware.Hardware("cuda", f"a CUDA card of {gigabytes:g} GiB", round(gigabytes * 2**30), (8, 6))
 
 
 def show_memory(plan: Plan) -> None:
@@ -84,9 +64,9 @@ def show_memory(plan: Plan) -> None:
 
 
 def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, object]]:
-    config, train, shape = plan.config, plan.config.train, plan.shape
-    adapter = 0 if config.tuning.mode == "full" else shape.adapter(plan.run.rank, plan.run.targets)
-    trained = adapter or shape.total
+    config, shape = plan.config, plan.shape
+    trained = forecast.trained_weights(plan)
+    adapter = 0 if config.tuning.mode == "full" else trained
     lines: list[tuple[str, object]] = [
         ("name", f"{config.model.name}, {config.tuning.mode}"),
         ("model", f"{shape.family}, {shape.total:,} weights, {trained:,} of them train" if not adapter
@@ -96,49 +76,31 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
         ("optimizer", plan.run.optimizer),
         ("assumed", "0.8 GiB for the CUDA context and kernels" if plan.run.device == "cuda" else "0.7 GiB for the libraries"),
     ]  # fmt: skip
+    processes = plan.run.processes
+    if processes > 1:
+        engine = "FSDP: each holds a part of the model" if plan.run.sharded else "DDP: each holds the whole model"
+        lines.append(("processes", f"{processes}; the memory above is that of one. {engine}"))
     if plan.memory.host:
-        lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card"))
-    rows = rows_in_data(config)
-    if rows is None:
+        each = f", for each of the {processes} processes" if processes > 1 else ""
+        lines.append(("host memory", f"{console.size(plan.memory.host)} for what does not lie on the card{each}"))
+    work = forecast.work_of(plan)
+    if work is None:
         lines.append(("rows, steps", "unknown: no rendered rows (make render)"))
     else:
-        count, tokens = rows
-        micro = math.ceil(tokens / plan.run.tokens) if train.packing else math.ceil(count / train.micro_batch)
-        steps = train.max_steps or math.ceil(math.ceil(micro / train.gradient_accumulation) * train.epochs)
-        seen = tokens * min(steps * train.gradient_accumulation / max(micro, 1), 1e9)
         lines += [
-            ("rows, steps", f"{count:,} train rows, about {tokens:,.0f} tokens an epoch; about {steps:,} steps"),
-            ("time", f"about {console.duration(seen * operations(plan) / SPEED[plan.run.device])}, {speed(plan)}"),
+            (
+                "rows, steps",
+                f"{work.rows:,} train rows, about {work.tokens:,.0f} tokens an epoch; about {work.steps:,} steps",
+            ),
+            ("time", f"about {console.duration(work.seconds)}, {forecast.speed(plan)}{forecast.together(plan)}"),
         ]
-    need = trained * (6 if "8bit" in plan.run.optimizer else 12)
-    disk = (train.save_total_limit + 2) * need + trained * 4
     lines.append(
         (
             "disk",
-            f"{console.size(disk)} for checkpoints and export; {console.size(2 * shape.total)} more for make merge",
+            f"{console.size(forecast.disk(plan))} for checkpoints and export; {console.size(forecast.merged(plan))} more for make merge",
         )
     )
     return lines
-
-
-def operations(plan: Plan) -> float:
-    """Floating-point operations a token: 2 a weight forward, 2 for the activations' gradients, 2 for trained weights' own."""
-    passes = 2 + (1 if plan.run.checkpointing else 0) + (1 if plan.run.mode == "full" else 0)
-    return 2.0 * passes * (plan.shape.in_linears + plan.shape.embedding)
-
-
-def speed(plan: Plan) -> str:
-    device = plan.run.device
-    return f"if the {device} does {SPEED[device] / 1e12:g} TFLOP/s in training (assumed, not measured): {SPEED[device] / operations(plan):,.0f} tokens/s"
-
-
-def rows_in_data(config: "Config") -> tuple[int, float] | None:
-    """Train rows and their tokens (the mean of all rows), where render has counted them."""
-    manifest: dict[str, Any] | None = stages.read_manifest(stages.folder("render", data_name(config)))
-    if manifest is None or not manifest["splits"].get("train"):
-        return None
-    count = manifest["splits"]["train"]
-    return count, manifest["tokens"]["total"] * count / max(sum(manifest["splits"].values()), 1)
 
 
 def show_remedies(plan: Plan) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import chat, command, console, files, rendering, stages, workers
+from scripts.utils import chat, command, console, environment, files, rendering, stages, workers
 from scripts.utils.errors import UserError
 from scripts.utils.rendered import Wanted, wanted
 
@@ -43,6 +43,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     if not arguments.force and (manifest := stages.up_to_date(want.folder, want.identity)):
         console.note("render", f"up to date ({want.folder}: {_rows(manifest['splits'])})")
         return
+    environment.leave_out("torch")
     tokenizer = chat.load_tokenizer(want.model.path)
     template = chat.choose_template(tokenizer, config.render.template)
     console.note(

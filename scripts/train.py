@@ -5,6 +5,7 @@ end, adapters/<run>. Stopped at any moment, the same command goes on from the ne
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,16 +22,20 @@ from scripts.utils import (
     checkpoints,
     command,
     console,
+    environment,
     files,
     fused_kernels,
     hardware,
     hparams,
     initial,
+    launching,
     model_folder,
     model_store,
     planning,
+    ranks,
     rendered,
     resume,
+    sharding,
     stamp,
     token_store,
     trackers,
@@ -49,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     examples = [
         "make train CONFIG=configs/quickstart.yaml",
         'make train RUN=try1 SET="train.epochs=1 train.lr=1e-4"',
+        "make train NPROC=2",
         "sft-train --config configs/run_bnb.yaml --run try1 --resume must",
         "sft-train --show-stamp try1",
     ]
@@ -58,6 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", choices=["auto", "never", "must"], default=command.from_make("RESUME") or "auto")
     parser.add_argument("--show-stamp", metavar="RUN", help="print what really ran in RUN, and end")
     return parser
+
+
+def start(arguments: argparse.Namespace, config: "Config", words: Sequence[str]) -> int:
+    """One process trains; or, with NPROC, this one starts and watches several that do."""
+    wanted = launching.layout()
+    if wanted.world == 1 or ranks.is_rank() or arguments.show_stamp:
+        work(arguments, config)
+        ranks.leave()
+        return 0
+    launching.check(wanted, config)
+    rendered.require_current(config)
+    return launching.run(wanted, Path(__file__), words)
 
 
 def work(arguments: argparse.Namespace, config: "Config") -> None:
@@ -71,13 +89,19 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     if not manifest["splits"]["train"]:
         raise UserError(f"{want.folder}: no rows to train on", "run: make process with more data")
     choice = choose_backend(config, run, folder)  # before anything heavy is imported
-    with files.file_lock(folder / ".lock", wait_seconds=0, what=f"run {run!r}"):
+    ranks.connect()
+    lock = files.file_lock(folder / ".lock", wait_seconds=0, what=f"run {run!r}")
+    with lock if ranks.is_first() else contextlib.nullcontext():
+        ranks.require_one_disk(folder / ".lock")
         starts_before = len((stamp.read(run) or {}).get("starts", []))
         try:
             if choice.actual == "unsloth":
                 backends.import_unsloth(choice.xformers)
             train(run, folder, arguments.resume, config, choice, want, manifest)
-        except Exception as error:
+        except Exception as problem:
+            error = ranks.as_lost(problem)
+            if not ranks.is_first():
+                raise backends.as_out_of_memory(error) from problem
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             starts = (stamp.read(run) or {}).get("starts", [])
             step = from_step = 0
@@ -95,7 +119,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
             ):
                 reason = f"it failed before its first step ended: {reason}"
                 backend_choice.restart_with_bitsandbytes(config, choice, reason)
-            raise backends.as_out_of_memory(error) from error
+            raise backends.as_out_of_memory(error) from problem
 
 
 def choose_backend(config: "Config", run: str, folder: Path) -> backend_choice.BackendChoice:
@@ -116,32 +140,43 @@ def train(
     manifest: dict[str, Any],
 ) -> None:
     """Choose, load and stamp; then train and hand over."""
-    machine = hardware.detect()
+    with ranks.first_goes_first():
+        machine = hardware.detect()
+        model_files = model_store.resolve(config.model.name, config.model.revision)
+        model_hash = model_store.content_hash(model_files.path)
     earlier = (stamp.read(run) or {}).get("precision", {}).get("actual")
     precision = hardware.choose_precision(config.train, machine, earlier)
-    model_files = model_store.resolve(config.model.name, config.model.revision)
-    model_hash = model_store.content_hash(model_files.path)
+    sharding.check(config, precision.actual)
     wanted = config
+    config = sharding.without_levers(config)
     config, plan, no_plan = planning.resolve(config, model_files.path, machine, precision.actual, choice.actual)
+    if (
+        config.tuning.mode != "qlora"
+        and "8bit" not in hardware.optimizer_name(config, machine)
+        and choice.actual == "bitsandbytes"
+    ):
+        environment.leave_out("bitsandbytes")
     init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None
     identity = resume.identity_of(
         config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None
     )
-    checkpoint = resume.decide_start(run, folder, resume_mode, identity)
-    if resume.is_finished(run) and not resume.is_extension(run, identity) and (not checkpoint or handed_over(run)):
+    ranks.require_same(identity, "rows, model or settings")
+    checkpoint, finished = ranks.from_first(lambda: whence(run, folder, resume_mode, identity))
+    if finished:
         console.note(
             "train",
             f"run {run} is already finished; nothing was trained. Another: make train RUN={run}-2 (same CONFIG)",
         )
         return
-    checkpoints.remove_leftovers(folder)
     say_choices(choice, precision, machine)
     say_plan(plan, no_plan, wanted)
+    say_ranks(config)
 
     tokenizer = chat.load_tokenizer(model_files.path)
     template = chat.choose_template(tokenizer, config.render.template)
     tokenizer.chat_template = template.text
-    examples = {split: token_store.examples(want, manifest, split, tokenizer) for split in ("train", "val")}
+    with ranks.first_goes_first():
+        examples = {split: token_store.examples(want, manifest, split, tokenizer) for split in ("train", "val")}
     console.note("train", f"{want.folder}: {len(examples['train']):,} train rows, {len(examples['val']):,} val rows")
     if not examples["val"]:
         refuse_without_val(config, want.folder)
@@ -168,6 +203,7 @@ def train(
         "quantisation": loaded.quantisation,
         "packing": config.train.packing,
         "engine": asdict(exact),
+        "parallel": launching.facts(sharding.engine(config)),
         "gradient_checkpointing": loaded.checkpointing,
         "optimizer": hardware.optimizer_name(config, machine),
         "plan": plan.facts() if plan else None,
@@ -199,15 +235,26 @@ def train(
         "config_hash": files.sha256_json(config.model_dump()),
         "identity": identity,
     }
-    stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
-    hparams.write_config(folder, config.model_dump())
-    resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
+    with ranks.first_goes_first():
+        if ranks.is_first():
+            stamp.begin(run, facts, from_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
+            hparams.write_config(folder, config.model_dump())
+            resume.cut_metrics(folder / "metrics.jsonl", checkpoints.step_of(checkpoint) if checkpoint else 0)
     names = token_store.RowNames(want.folder, "train", len(examples["train"]))
     trainer = make_trainer(
         folder, config, loaded.model, loss, exact, tokenizer, examples, names, machine, precision.actual, identity
     )
     fit(run, folder, config, trainer, checkpoint)
     hand_over(run, config, trainer, tokenizer, examples["train"])
+
+
+def whence(run: str, folder: Path, mode: str, identity: dict[str, Any]) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether nothing is left to do."""
+    checkpoint = resume.decide_start(run, folder, mode, identity)
+    if resume.is_finished(run) and not resume.is_extension(run, identity) and (not checkpoint or handed_over(run)):
+        return checkpoint, True
+    checkpoints.remove_leftovers(folder)
+    return checkpoint, False
 
 
 def handed_over(run: str) -> bool:
@@ -294,9 +341,11 @@ def fit(run: str, folder: Path, config: "Config", trainer: "SFTTrainer", checkpo
     finally:
         trainer.tracked.close()
         step = trainer.state.global_step
-        stamp.reached(run, step)
+        if ranks.is_first():
+            stamp.reached(run, step)
     if trainer.run_state.stop_signal is not None and step < steps:
-        stamp.end(run, step=step, how="interrupted")
+        if ranks.is_first():
+            stamp.end(run, step=step, how="interrupted")
         saved = checkpoints.listed(folder)
         where = f"saved in {saved[0]}" if saved else "nothing was saved"
         raise Interrupted(
@@ -312,7 +361,11 @@ def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any,
 
     best = adapters.take_best(trainer)
     check = self_test.prepare(run, trainer, examples) if config.train.self_test else None
-    export = adapters.export(run, trainer.model, tokenizer, config, examples, trainer.state, check)
+    whole = trainer.whole_weights()
+    ranks.leave()
+    if not ranks.is_first():
+        return
+    export = adapters.export(run, trainer.model, tokenizer, config, examples, trainer.state, check, whole)
     result = {**adapters.result_of(trainer, best), "export": export}
     stamp.end(run, step=trainer.state.global_step, how="finished", result=result)
     hparams.fill(run)
@@ -348,10 +401,25 @@ def say_plan(plan: planning.Plan | None, why_none: str, wanted: "Config") -> Non
         console.warn("by plan this run does not fit; it is tried all the same. make plan says what to change")
 
 
+def say_ranks(config: "Config") -> None:
+    count = ranks.world_size()
+    if count < 2:
+        return
+    how = {"ddp": "each with the whole model (DDP)", "fsdp": "the model in shards (FSDP2)"}[sharding.engine(config)]
+    console.note("train", f"{count} processes, {how}; the step's rows are dealt out, so the same is learnt as by one")
+    if config.train.gradient_accumulation < count:
+        console.warn(
+            f"a step has {config.train.gradient_accumulation} micro batches for {count} processes: some have nothing to do. "
+            f"train.gradient_accumulation: {count} or more uses all; it makes the step larger, or train.batch_size smaller"
+        )
+
+
 def choose_loss(
     config: "Config", model: Any, examples: Sequence[Encoded], machine: hardware.Hardware, fused: bool
 ) -> tuple[Loss, Exact]:
     """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
+    from scripts.utils.offload import computing_device
+
     loss: Loss = fused_loss if fused else summed_loss
     packing = config.train.packing
     if fused and not packing:
@@ -359,9 +427,13 @@ def choose_loss(
     kernels = None
     if not fused:  # Unsloth brings its own
         kernels = fused_kernels.put(
-            model, config.train.fused_kernels, machine.device, lambda: plain_loss(model, examples), tolerance(model)
+            model,
+            config.train.fused_kernels,
+            computing_device(model).type,
+            lambda: plain_loss(model, examples),
+            tolerance(model),
         )
-    exact = find_exact(model, examples, loss, fused=fused)
+    exact = ranks.from_first(lambda: find_exact(model, examples, loss, fused=fused))
     if packing and not exact.packing:
         console.warn("with this backend and device, packed examples would see one another: packing is off")
     packing = packing and exact.packing
@@ -371,6 +443,7 @@ def choose_loss(
     segments = packing and exact.segments
     kernel = segments and exact.kernel
     exact = replace(exact, packing=packing, segments=segments, shared=shared, lean=lean, kernel=kernel, fused=kernels)
+    exact = sharding.allowed(config, exact)
     say_exact(exact, fused)
     return loss if fused or exact.chunked else whole_loss, exact
 
@@ -415,7 +488,8 @@ def show_stamp(run: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(build_parser(), work, argv)
+    words = sys.argv[1:] if argv is None else argv
+    return command.run(build_parser(), lambda arguments, config: start(arguments, config, words), argv)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
 errors schema console environment template_child scoring overlap intervals
-workers
-files yaml_text gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
-hardware event_log safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
+workers ranks
+files yaml_text sweep_schema gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
+hardware launching sharding event_log safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished
 arrow_rows unsloth_probe
-config architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
+config sweep_file architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
-packing planning offload fused_kernels hparams
+packing planning offload fused_kernels sweep_choices hparams
 leaderboard_runs
-attention trackers
-loss backends answer_cache
-data_hub reading hub_push
-model_store schedule
-model_card
-adapters tally sources unsloth_child shown grouping row_losses
+attention sweep_plan trackers
+loss backends answer_cache sweep_state sweep_prune
+data_hub reading hub_push sweep_places
+model_store schedule sweep_jobs
+model_card forecast
+adapters sweep_table tally sources unsloth_child shown grouping row_losses
 data_report run_report_curves run_report_facts run_report_style run_report_words
 spool run_report_rows run_report_scores leaderboard_ranking
 leaderboard_table

@@ -11,8 +11,8 @@ from tests.commands import ROOT, run
 
 TARGETS = (
     "install setup-dirs quickstart sample-data check process style render inspect full-pipeline plan train train-bnb train-unsloth "
-    "train-bnb-tb train-unsloth-tb tensorboard tb-stop eval eval-quick eval-full eval-harness report leaderboard infer infer-batch serve merge export-gguf export-ollama push download-model "
-    "test test-fast torture bench bench-data lint format clean clean-all"
+    "train-bnb-tb train-unsloth-tb train-cluster sweep tensorboard tb-stop eval eval-quick eval-full eval-harness report leaderboard infer infer-batch serve merge export-gguf export-ollama push download-model "
+    "test test-fast torture torture-sweep bench bench-data lint format clean clean-all"
 ).split()
 
 # stands for every step: notes the variables that it was given, in the order of the calls

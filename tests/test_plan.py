@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import plan
-from scripts.utils import architecture, memory, planning, stamp
+from scripts.utils import architecture, forecast, memory, planning, stamp
 from scripts.utils.config import load_config
 from scripts.utils.errors import UserError
 from scripts.utils.files import REPO_ROOT
@@ -287,7 +287,7 @@ def test_rows_steps_and_hours_come_from_the_rendered_rows(
     capsys.readouterr()
     assert plan.work(plan.build_parser().parse_args(["--config", "tiny.yaml"]), config) == 0
     shown = capsys.readouterr().out
-    rows, tokens = plan.rows_in_data(config) or (0, 0.0)
+    rows, tokens = forecast.rows_in_data(config) or (0, 0.0)
     assert rows and f"{rows:,} train rows, about {tokens:,.0f} tokens an epoch" in shown
     assert "assumed, not measured" in shown
 

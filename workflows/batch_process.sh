@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every data set (data/raw, or those named) with every config: see --help. The work is in scripts/batch.py.
+# Every data set (data/raw, or those named) with every config, or the runs of a plan: see --help. The work is in
+# scripts/batch.py; `make sweep` is the same.
 set -euo pipefail
 root=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=env/environment.sh

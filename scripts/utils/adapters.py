@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import checkpoints, console, files, model_card, model_store, stamp
+from scripts.utils import checkpoints, console, files, model_card, model_store, sharding, stamp
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, RefusedError
 
@@ -60,6 +60,7 @@ def load_weights(model: Any, folder: Path) -> None:
             f"{len(missing)} missing), e.g. {(odd + missing)[:2]}",
             "use the base model and the lora settings that it was trained with",
         )
+    found = {name: sharding.as_in(wanted[name], value) for name, value in found.items()}
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
@@ -77,16 +78,19 @@ def trained_state(model: Any) -> dict[str, Any]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """Write the adapter with its settings (or the whole tuned model) as safetensors."""
+def save_weights(model: Any, folder: Path, whole: dict[str, Any] | None = None) -> None:
+    """Write the adapter with its settings (or the whole tuned model) as safetensors.
+
+    ``whole``: its ``trained_state`` where the model itself is in shards.
+    """
     if not hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), safe_serialization=True)
+        model.save_pretrained(str(folder), safe_serialization=True, **({"state_dict": whole} if whole else {}))
         return
     from safetensors.torch import save_file
 
     # PEFT's own save_pretrained asks the hub about the vocabulary and renders a model card each time
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().contiguous() for name, value in trained_state(model).items()}
+    state = {name: value.detach().contiguous() for name, value in (whole or trained_state(model)).items()}
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     files.usual_mode(folder / "adapter_model.safetensors")
     shape = copy.copy(model.peft_config[model.active_adapter])
@@ -102,21 +106,23 @@ def export(
     examples: Sequence[Encoded],
     state: Any,
     check: Callable[[Path], None] | None = None,
+    whole: dict[str, Any] | None = None,
 ) -> str:
     """Write adapters/<run> atomically: weights, tokenizer with its template, generation config, model card.
 
-    ``check`` is called with the new folder before it takes the old one's place. Returns the hash of the export.
+    ``check`` is called with the new folder before it takes the old one's place; ``whole`` as for ``save_weights``.
+    Returns the hash of the export.
     Raises ``DivergedError`` when a trained weight is not a finite number.
     """
     import torch
 
     for name, weight in model.named_parameters():
-        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
+        if weight.requires_grad and not bool(torch.isfinite(sharding.local(weight)).all()):
             raise DivergedError(
                 f"the trained weight {name} is not finite", "lower train.learning_rate; checkpoints are kept"
             )
     with files.replaced_folder(stamp.adapter_folder(run), MANIFEST) as folder:
-        save_weights(model, folder)
+        save_weights(model, folder, whole)
         tokenizer.save_pretrained(str(folder))
         _write_generation_config(folder, model, tokenizer, examples)
         shape = folder / "adapter_config.json"

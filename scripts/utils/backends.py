@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import environment, planning
+from scripts.utils import environment, planning, ranks, sharding
 from scripts.utils.errors import MachineError, SFTError, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def import_unsloth(xformers: str | None) -> None:
     if (xformers or "").startswith("off"):
         # Unsloth takes SDPA where this import fails; XFORMERS_DISABLED is read by nothing (Unsloth 2026.10.9)
         sys.modules["xformers"] = None  # type: ignore[assignment]
-    environment.show_torchvision()
+    environment.show_hidden()
     import unsloth  # noqa: F401
 
 
@@ -47,8 +47,11 @@ def torch_dtype(precision: "Precision") -> "torch.dtype":
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def nf4(precision: "Precision") -> Any:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in ``precision``."""
+def nf4(precision: "Precision", *, shards: bool = False) -> Any:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in ``precision``.
+
+    ``shards``: the packed bytes lie in a tensor of that precision, as FSDP cuts tensors of floating-point numbers only.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -62,25 +65,32 @@ def nf4(precision: "Precision") -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch_dtype(precision),
+        **({"bnb_4bit_quant_storage": torch_dtype(precision)} if shards else {}),
     )
 
 
 def load_causal_lm(
-    path: Path, *, precision: "Precision", device: str, quantised: bool = False, attention: str = "auto"
+    path: Path,
+    *,
+    precision: "Precision",
+    device: str,
+    quantised: bool = False,
+    attention: str = "auto",
+    shards: bool = False,
 ) -> Any:
-    """The one place that builds a plain model: used by train, eval, infer and merge."""
+    """The one place that builds a plain model: used by train, eval, infer and merge. ``shards``: for FSDP."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar a second long, in the middle of our lines
-    options: dict[str, Any] = {"quantization_config": nf4(precision)} if quantised else {}
+    options: dict[str, Any] = {"quantization_config": nf4(precision, shards=shards)} if quantised else {}
     if attention != "auto":
         options["attn_implementation"] = attention
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=torch_dtype(precision),
-            device_map={"": device},
+            device_map={"": ranks.place_of(device)},
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -164,7 +174,8 @@ def load_for_training(
     from transformers import set_seed
 
     set_seed(config.train.seed)  # the adapter's first weights are random: the Trainer's own seeding comes too late
-    config = planning.resolve(config, path, hardware, precision, backend)[0]
+    config, plan, _ = planning.resolve(config, path, hardware, precision, backend)
+    device = "cpu" if plan and plan.run.load_on_host else hardware.device  # FSDP moves what it cuts
     checkpointing = config.train.gradient_checkpointing is True
     quantised = config.tuning.mode == "qlora"
     if quantised and hardware.device == "mps":
@@ -173,7 +184,7 @@ def load_for_training(
     if attention == "auto" and (xformers or "").startswith("off"):
         attention = "sdpa"
     build = _build_unsloth if backend == "unsloth" else _build_bitsandbytes
-    model, targets = build(config, path, precision, hardware, checkpointing, attention)
+    model, targets = build(config, path, precision, device, checkpointing, attention)
     keep_four_bits(model)
     actual = attention_of(model)
     if attention not in ("auto", actual):
@@ -183,7 +194,8 @@ def load_for_training(
     if quantised and not any(p.__class__.__name__ == "Params4bit" for p in model.parameters()):
         raise MachineError(f"{path}: {backend} loaded the model without 4-bit weights", "use tuning.mode: lora")
     counts = [
-        (p.numel() * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()
+        (p.numel() * (2 * p.element_size() if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad)
+        for p in model.parameters()
     ]
     return TrainingModel(
         model=model,
@@ -220,16 +232,17 @@ def _wanted_targets(config: "Config", model: Any) -> list[str]:
 
 
 def _build_bitsandbytes(
-    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool, attention: str
+    config: "Config", path: Path, precision: "Precision", device: str, checkpointing: bool, attention: str
 ) -> tuple[Any, list[str]]:
     full = config.tuning.mode == "full"
     # full tuning keeps its master weights in fp32 and computes under autocast: small updates vanish in 16 bit
     model = load_causal_lm(
         path,
         precision="fp32" if full else precision,
-        device=hardware.device,
+        device=device,
         quantised=config.tuning.mode == "qlora",
         attention=attention,
+        shards=sharding.engine(config) == "fsdp",
     )
     model.config.use_cache = False
     if config.model.embeddings == "host":  # as planned: they are frozen and of their own
@@ -259,7 +272,7 @@ def _build_bitsandbytes(
 
 
 def _build_unsloth(
-    config: "Config", path: Path, precision: "Precision", hardware: "Hardware", checkpointing: bool, attention: str
+    config: "Config", path: Path, precision: "Precision", device: str, checkpointing: bool, attention: str
 ) -> tuple[Any, list[str]]:
     from unsloth import FastLanguageModel
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from scripts.utils import console, resume, trackers
+from scripts.utils import console, ranks, resume, trackers
 
 if TYPE_CHECKING:
     from scripts.utils.training import SFTTrainer
+
+
+_ONE_WISH = 5.0  # seconds
 
 
 class Rhythm(TrainerCallback):
@@ -24,11 +27,21 @@ class Rhythm(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer_of()
         trainer.restore_counters()
+        trainer.begin_sharing()
         trainer.try_save()
 
+        asked_at = 0.0
+
         def ask_to_stop(number: int, frame: object) -> None:
-            if trainer.run_state.stop_signal is not None:
+            nonlocal asked_at
+            if trainer.run_state.asked_signal is not None:
+                # a launcher and a cluster's manager each send it to every rank: that is one wish, not two
+                if ranks.world_size() > 1 and time.monotonic() - asked_at < _ONE_WISH:
+                    return
                 raise KeyboardInterrupt  # the second time at once
+            trainer.run_state.asked_signal, asked_at = number, time.monotonic()
+            if ranks.world_size() > 1:
+                return  # one of them cannot stop alone: they agree on it in the next step, and say so
             trainer.run_state.stop_signal = number
             console.note(
                 "train", "stopping after this step and saving; press Ctrl-C again to stop at once, without saving"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import console, environment
+from scripts.utils import console, environment, ranks
 from scripts.utils.errors import MachineError, SFTError
 from scripts.utils.files import REPO_ROOT
 
@@ -85,7 +85,7 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
     arguments = parser.parse_args(argv)
 
     def start() -> int | None:
-        environment.prepare(REPO_ROOT)
+        environment.prepare(REPO_ROOT, alone=argv is None)
         from scripts.utils.config import load_config
 
         flags: dict[str, Any] = {}
@@ -101,26 +101,31 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
 def guard(name: str, start: Callable[[], int | None]) -> int:
     """Run ``start``; turn the project's errors, signals and a full disk into one message and an exit code."""
     code: int
+    told = False  # a rank's launcher says it, once for all of them
+
+    def tell(message: str, hint: str, code: int, lost: bool = False) -> int:
+        nonlocal told
+        told = ranks.report(message, hint, code, lost=lost)
+        if not told:
+            console.error(message, hint)
+        return code
+
     try:
         signal.signal(signal.SIGTERM, _terminate)
         code = start() or 0
     except SFTError as problem:
-        console.error(problem.message, problem.hint)
-        code = problem.exit_code
+        code = tell(problem.message, problem.hint, problem.exit_code, isinstance(problem, ranks.LostPeer))
     except KeyboardInterrupt:
-        console.error("interrupted", "run the same command again to go on")
-        code = 130
+        code = tell("interrupted", "run the same command again to go on", 130)
     except _Terminated:
-        console.error("terminated", "run the same command again to go on")
-        code = 143
+        code = tell("terminated", "run the same command again to go on", 143)
     except BrokenPipeError:
         # the reader of our output went away (`| head`); Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except MemoryError:
-        console.error("out of memory", "lower train.batch_size or render.max_length")
-        code = MachineError.exit_code
-    if code:
+        code = tell("out of memory", "lower train.batch_size or render.max_length", MachineError.exit_code)
+    if code and not told:
         # make turns a failed recipe into its own exit 2, so the real code is said here
         print(f"{name}: exit code {code}", file=sys.stderr, flush=True)
     return code

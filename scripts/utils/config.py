@@ -7,7 +7,7 @@ coerces by the schema's types, collects every problem and raises them all at onc
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,17 @@ Origins = dict[tuple[str, ...], str]
 _MAPPINGS = ("data.columns",)  # keys whose value is a mapping; elsewhere a "{" in SET is text
 
 
-def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | None = None) -> "Config":
+def load_config(
+    path: str | Path,
+    overrides: str = "",
+    flags: dict[str, Any] | None = None,
+    values: Sequence[tuple[str, Any, str]] = (),
+) -> "Config":
     """Return the validated config.
 
-    ``overrides`` is the text of SET (``section.key=value`` words, quoted as in a shell); ``flags`` maps dotted
-    keys to values given by a command's own flags, which win. Raises ``UserError`` with every problem found.
+    ``overrides`` is the text of SET (``section.key=value`` words, quoted as in a shell); ``values`` are a sweep's own
+    over it: dotted key, value, and where it was written; ``flags`` maps dotted keys to values given by a command's
+    own flags, which win. Raises ``UserError`` with every problem found.
     """
     from pydantic import ValidationError
 
@@ -33,8 +39,10 @@ def load_config(path: str | Path, overrides: str = "", flags: dict[str, Any] | N
     merged: dict[str, Any] = {}
     origins: Origins = {}
     _merge_file(Path(path), merged, origins, ())
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         _set(merged, origins, key, value, "SET")
+    for dotted, value, where in values:
+        _set(merged, origins, tuple(dotted.split(".")), value, where)
     for dotted, value in (flags or {}).items():
         if value is not None:
             _set(merged, origins, tuple(dotted.split(".")), value, "flag")
@@ -81,12 +89,12 @@ def _set(merged: dict[str, Any], origins: Origins, key: tuple[str, ...], value: 
         origins[key[:1]] = origin
 
 
-def _parse_overrides(text: str) -> list[tuple[tuple[str, ...], Any]]:
-    """``train.lr=1e-4 style.text='be brief'`` as pairs of key path and value."""
+def parse_overrides(text: str, where: str = "SET") -> list[tuple[tuple[str, ...], Any]]:
+    """``train.lr=1e-4 style.text='be brief'`` as pairs of key path and value; ``where`` it stands, for errors."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"SET={text!r}: {error}", "close the quote") from error
+        raise UserError(f"{where}={text!r}: {error}", "close the quote") from error
     pairs = []
     remaining = iter(words)
     for word in remaining:
@@ -96,15 +104,15 @@ def _parse_overrides(text: str) -> list[tuple[tuple[str, ...], Any]]:
         while value and value[0] in opening and value[-1] != {"[": "]", "{": "}"}[value[0]]:
             more = next(remaining, None)
             if more is None:
-                raise UserError(f"SET: the bracket in {word!r} is never closed", "close it, or quote the value")
+                raise UserError(f"{where}: the bracket in {word!r} is never closed", "close it, or quote the value")
             value = f"{value} {more}"
         if not equals or key.count(".") != 1:
-            raise UserError(f"SET: {word!r} is not section.key=value", 'write for example SET="train.epochs=1"')
+            raise UserError(f"{where}: {word!r} is not section.key=value", 'write for example SET="train.epochs=1"')
         # lists, mappings and null are YAML; any other value is taken letter by letter, so it may hold ': ' or '#'
         is_yaml = (value and value[0] in opening) or value in ("null", "~", "")
         from scripts.utils import yaml_text  # --help needs none of it
 
-        pairs.append((tuple(key.split(".")), yaml_text.parse(value, f"SET {key}")[0] if is_yaml else value))
+        pairs.append((tuple(key.split(".")), yaml_text.parse(value, f"{where} {key}")[0] if is_yaml else value))
     return pairs
 
 

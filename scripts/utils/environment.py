@@ -9,6 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+# of what transformers imports wherever it is installed, and never uses here: torchvision, which stops the import when it
+# does not fit torch, and what costs seconds at every start (sklearn and scipy for one way of speculative decoding and for
+# losses on pictures, datasets with pandas for Trainer's own column names)
+_HIDDEN = ("torchvision", "sklearn", "scipy", "datasets")
+_alone = False
 _HEAVY = ("torch", "transformers", "tokenizers", "datasets", "unsloth")
 
 # telemetry is off by default; a user who wants it sets the variable
@@ -53,20 +58,39 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return values
 
 
-def prepare(root: Path) -> None:
-    """Set what is not set yet; what the user's shell says wins over .env, and .env over the defaults."""
+def prepare(root: Path, *, alone: bool = False) -> None:
+    """Set what is not set yet; what the user's shell says wins over .env, and .env over the defaults.
+
+    ``alone`` says that this process serves one command and ends with it, so that ``leave_out`` may hide what that
+    command does not need.
+    """
+    global _alone
     early = [name for name in _HEAVY if sys.modules.get(name)]
     if early:
         raise RuntimeError(f"environment.prepare must run before {', '.join(early)} is imported")
     for name, value in {**_DEFAULTS, **read_dotenv(root / ".env")}.items():
         os.environ.setdefault(name, value)
-    # nothing here looks at images, and a torchvision that does not fit torch stops the import of transformers
-    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    for package in _HIDDEN:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+    _alone = alone
     # on a CPU with AVX-512 BF16 it asks for a kernel from the hub, which is not used here (backends.keep_four_bits)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def show_torchvision() -> None:
-    """Take back what ``prepare`` hid, for Unsloth."""
-    if sys.modules.get("torchvision", "") is None:
-        del sys.modules["torchvision"]
+def show_hidden() -> None:
+    """Take back what ``prepare`` hid, for those that use it: Unsloth, lm-evaluation-harness, data sets of the hub."""
+    for package in _HIDDEN:
+        if sys.modules.get(package, "") is None:
+            del sys.modules[package]
+
+
+def leave_out(package: str) -> None:
+    """Let imports of ``package`` fail from here on, as if it were not installed; libraries that can do without it do.
+
+    Without torch, transformers has tokenizers and no models, at a third of the time and memory; without bitsandbytes,
+    PEFT starts a second sooner. Nothing happens where it is there already, or where others share this process.
+    """
+    if _alone and package not in sys.modules:
+        sys.modules[package] = None  # type: ignore[assignment]
+        if package == "torch":
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that it found no torch

@@ -34,8 +34,11 @@ def _existing(path: Path) -> Path:
 
 
 def _is_full(path: Path, message: str) -> bool:
-    wrote = "No space left" in message or "PytorchStreamWriter" in message or "unexpected pos" in message
-    return "No space left" in message or (wrote and shutil.disk_usage(_existing(path)).free < 2**20)
+    if "No space left" in message:
+        return True
+    # PyTorch twice, and numpy's tofile
+    wrote = any(words in message for words in ("PytorchStreamWriter", "unexpected pos", " requested and "))
+    return wrote and shutil.disk_usage(_existing(path)).free < 2**20
 
 
 @contextlib.contextmanager
@@ -223,10 +226,10 @@ def replaced_folder(folder: Path, marker: str = "") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[None]:
+def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[int]:
     """Hold an exclusive lock that the system frees when the process dies, however it dies.
 
-    Waits up to ``wait_seconds`` for another holder, then raises ``RefusedError``.
+    Yields its descriptor: a child that inherits it holds the lock too. Waits up to ``wait_seconds`` for another holder, then raises ``RefusedError``.
     """
     import fcntl
 
@@ -247,7 +250,7 @@ def file_lock(path: Path, *, wait_seconds: float, what: str) -> Iterator[None]:
                         "wait until it ends, or choose another name with RUN=…",
                     ) from None
                 time.sleep(0.2)
-        yield
+        yield file.fileno()
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")

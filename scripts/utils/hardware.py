@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scripts.utils import files
+from scripts.utils import files, ranks
 from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
@@ -223,6 +223,8 @@ def optimizer_name(config: "Config", hardware: Hardware) -> str:
     if wanted == "auto":
         if hardware.device != "cuda":
             return "adamw_torch"
+        if ranks.world_size() > 1 and config.train.parallel == "fsdp":
+            return "adamw_torch_fused"  # 8-bit states have no shards
         return "paged_adamw_8bit" if hardware.memory < 12 * 2**30 else "adamw_torch_fused"
     if "8bit" in wanted and hardware.device != "cuda":
         raise MachineError(

@@ -4,13 +4,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from scripts.utils import environment
 from scripts.utils.chat import render_prompt
 from scripts.utils.errors import MachineError, UserError
 from scripts.utils.trained import Trained
 
 
 def wrap(trained: Trained, batch_size: int) -> Any:
-    """The harness's own model class around the loaded model; chat prompts are rendered as everywhere here."""
+    """The harness's own model class around the loaded model; chat prompts are rendered as everywhere here.
+
+    After ``manager``, the first to import the harness.
+    """
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
 
@@ -40,6 +44,7 @@ def wrap(trained: Trained, batch_size: int) -> Any:
 
 def manager(folder: Path, *, all_tasks: bool) -> Any:
     """The harness's list of tasks; its own 10,000 are read only where they are wanted."""
+    environment.show_hidden()  # the harness uses datasets and sklearn
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)

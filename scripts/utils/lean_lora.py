@@ -108,6 +108,10 @@ def lean(model: Any, wanted: bool = True) -> Iterator[None]:
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     base, name = layer.base_layer, layer.active_adapters[0]
+    if getattr(base, "quant_state", None) is not None and getattr(base.weight, "quant_state", None) is None:
+        base.weight.quant_state = (
+            base.quant_state
+        )  # lost where FSDP put the weight together; bitsandbytes does the same
     kind = x.device.type
     wanted = x.dtype
     if torch.is_autocast_enabled(kind):

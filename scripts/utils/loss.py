@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scripts.utils import sharding
 from scripts.utils.encoding import IGNORE, Encoded
 from scripts.utils.packing import Row, rows_in_order, to_row
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Loss = Callable[[Any, Row], "torch.Tensor"]
+Dealt = list[tuple[list[int], int]]  # rows by their examples' numbers, and how often each counts
 
 
 def whole_loss(model: Any, row: Row) -> "torch.Tensor":
@@ -41,7 +43,8 @@ def summed_loss(model: Any, row: Row) -> "torch.Tensor":
     hidden = backbone(**inputs(model, row), use_cache=False).last_hidden_state
     labels = row["shift_labels"].to(hidden.device)
     trained = labels != IGNORE
-    return ChunkedLoss.apply(hidden[trained], head.weight, head.bias, labels[trained], cap, scale)
+    with sharding.gathered(head):
+        return ChunkedLoss.apply(hidden[trained], head.weight, head.bias, labels[trained], cap, scale)
 
 
 def fused_loss(model: Any, row: Row) -> "torch.Tensor":
@@ -67,7 +70,8 @@ def parts_of(model: Any) -> tuple[Any, Any, float, float] | None:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    if backbone is None or type(head) is not torch.nn.Linear:
+    # FSDP gives a module that it shards a class of its own, with this name
+    if backbone is None or (type(head) is not torch.nn.Linear and type(head).__name__ != "FSDPLinear"):
         return None
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -94,10 +98,12 @@ def batch_loss(
     *,
     loss: Loss = summed_loss,
     exact: Exact | None = None,
+    deal: Callable[[list[list[int]]], Dealt] | None = None,
 ) -> tuple[float, int]:
     """Summed loss over ``examples`` without gradients, and the number of trained tokens: eval and train agree by it.
 
-    ``exact`` says in which ways; without it, in packed rows by the model's own attention.
+    ``exact`` says in which ways; without it, in packed rows by the model's own attention. ``deal`` takes a rank's share of
+    the rows: the loss is that of the share, the number of tokens that of all.
     """
     import torch
 
@@ -108,14 +114,14 @@ def batch_loss(
     way = exact or Exact(packing=True, segments=False, shared=False, chunked=False)
     order = range(len(examples))
     rows = rows_in_order(examples, order, budget, way.shared) if way.packing else [[i] for i in order]
+    rows = [row for row in rows if any(examples[i].trained_tokens for i in row)]
     total = 0.0
     was_training = model.training
     model.eval()
     with torch.no_grad(), by_segment(model, way.segments, way.kernel):
-        for indices in rows:
+        for indices, times in deal(rows) if deal else [(row, 1) for row in rows]:
             row = on_device(to_row([examples[i] for i in indices], way.shared), device)
-            if bool((row["shift_labels"] != IGNORE).any()):
-                total += float(loss(model, row))
+            total += float(loss(model, row)) * times
     model.train(was_training)
     return total, sum(example.trained_tokens for example in examples)
 

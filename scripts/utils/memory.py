@@ -35,6 +35,9 @@ class Setting:
     offload: bool = False
     chunked: bool = True
     scores_kept: bool = False  # eager attention
+    processes: int = 1
+    sharded: bool = False  # FSDP: each process holds its part of weights, gradients and states; else all of them (DDP)
+    load_on_host: bool = False  # sharded weights wait in host memory until they are cut
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,34 @@ def predict(shape: Architecture, run: Setting) -> Memory:
             0, no_gradient(shape, run, wide) + unpacked + logits(shape, run, wide) - always["activations"]
         ),
     }
-    return Memory(always, turns, away + elsewhere)
+    one = _of_one_process(always, shape, run, adapter)
+    if run.sharded:  # the weights are loaded whole, looked at, then cut
+        whole = always["weights"] + always["quantisation tables"] + always["adapter"]
+        away += whole if run.load_on_host else 0
+        turns["loading"] = 0 if run.load_on_host else max(0, whole + always["framework"] - sum(one.values()))
+    return Memory(one, turns, away + elsewhere)
+
+
+def _of_one_process(always: dict[str, int], shape: Architecture, run: Setting, adapter: int) -> dict[str, int]:
+    """What one of several processes holds.
+
+    DDP keeps the gradients once more, in the buckets that it sends. FSDP has a part of the weights and of what belongs to
+    them, and in whole the layer at work, the next one, which is on its way already, and the table of embeddings.
+    """
+    if run.processes < 2:
+        return always
+    if not run.sharded:
+        return {**always, "reduction": always["gradients"]}
+    kept = ("weights", "quantisation tables", "adapter", "gradients", "optimizer")
+    parts = {name: -(-always[name] // run.processes) if name in kept else always[name] for name in always}
+    tables = shape.embedding * (1 if shape.tied else 2)
+    full, wide = run.mode == "full", 4 if run.precision == "fp32" else 2
+    stored = 4 if full else wide
+    layer = max(0, always["weights"] - tables * stored) // shape.layers
+    if full:  # gathered in the run's precision, and no copies of autocast beside it
+        parts["activations"] -= copies_of_weights(shape, adapter, full, wide)
+        layer = layer * wide // stored
+    return {**parts, "gathered": 2 * layer + shape.embedding * wide}
 
 
 def quantisation_tables(weights: int) -> int:

@@ -4,11 +4,11 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import architecture, memory
+from scripts.utils import architecture, memory, ranks
 from scripts.utils.architecture import Architecture
 from scripts.utils.console import size
 from scripts.utils.errors import UserError
@@ -36,7 +36,8 @@ class Plan:
 
     @property
     def usable(self) -> int:
-        return round(self.machine.memory * USABLE[self.machine.device])
+        sharers = self.run.processes if self.machine.device == "cpu" else 1  # a card is one process's own
+        return round(self.machine.memory * USABLE[self.machine.device] / sharers)
 
     @property
     def fits(self) -> bool:
@@ -53,6 +54,7 @@ class Plan:
         words += ["gradient checkpointing" if self.run.checkpointing else "no gradient checkpointing"]
         words += ["input embeddings in host memory"] if self.run.host_embeddings else []
         words += ["activations in host memory"] if self.run.offload else []
+        words += ["weights loaded in host memory"] if self.run.load_on_host else []
         return ", ".join(words)
 
     def facts(self) -> dict[str, Any]:
@@ -71,26 +73,33 @@ class Plan:
         }
 
 
-def make(config: "Config", shape: Architecture, machine: Hardware, precision: Precision, backend: str) -> Plan:
-    """The cheapest settings that fit; where none does, those that take least."""
-    possible = [plan_as_set(c, shape, machine, precision, backend) for c in _levers(config, shape, machine, backend)]
+def make(
+    config: "Config", shape: Architecture, machine: Hardware, precision: Precision, backend: str, processes: int = 0
+) -> Plan:
+    """The cheapest settings that fit; where none does, those that take least. ``processes``: 0 for as many as run now."""
+    possible = [
+        plan_as_set(c, shape, machine, precision, backend, processes)
+        for c in _levers(config, shape, machine, backend, processes)
+    ]
     plan = next((plan for plan in possible if plan.fits), possible[-1])
     if config.train.batch_size != "auto" or config.train.pack_length:
         return plan
     for batch in range(2, _LARGEST_BATCH + 1):
         # the step stays as large as it was meant to be, so that what is learnt is the same on every card
         parts, rest = divmod(config.train.gradient_accumulation, batch)
-        if rest or not parts:
+        if rest or parts < plan.run.processes:  # each process wants a micro batch
             continue
         larger = _with(plan.config, train={"batch_size": batch, "gradient_accumulation": parts})
-        plan_larger = plan_as_set(larger, shape, machine, precision, backend)
+        plan_larger = plan_as_set(larger, shape, machine, precision, backend, processes)
         plan = plan_larger if plan_larger.fits else plan
     return plan
 
 
-def _levers(config: "Config", shape: Architecture, machine: Hardware, backend: str) -> Iterator["Config"]:
+def _levers(
+    config: "Config", shape: Architecture, machine: Hardware, backend: str, processes: int = 0
+) -> Iterator["Config"]:
     """The config with every ``auto`` resolved, cheapest first: a look-up in host memory costs less than checkpointing."""
-    wanted = config.model.embeddings if can_use_host(config, shape, machine, backend) else "device"
+    wanted = config.model.embeddings if can_use_host(config, shape, machine, backend, processes) else "device"
     checkpointing = config.train.gradient_checkpointing
     # without checkpointing every activation would go to the host, ten times as much
     either = [True] if config.train.activation_offload and machine.device == "cuda" else [False, True]
@@ -102,13 +111,25 @@ def _levers(config: "Config", shape: Architecture, machine: Hardware, backend: s
             )
 
 
-def can_use_host(config: "Config", shape: Architecture, machine: Hardware, backend: str) -> bool:
+def can_use_host(config: "Config", shape: Architecture, machine: Hardware, backend: str, processes: int = 0) -> bool:
     """Only a table of its own that is not trained can lie elsewhere than the head, and only a card has a memory of its own."""
-    frozen = not shape.tied and config.tuning.mode != "full"
+    frozen = not shape.tied and config.tuning.mode != "full" and not is_sharded(config, processes)
     return frozen and machine.device == "cuda" and backend == "bitsandbytes"
 
 
-def plan_as_set(config: "Config", shape: Architecture, machine: Hardware, precision: Precision, backend: str) -> Plan:
+def _optimizer(config: "Config", machine: Hardware, processes: int) -> str:
+    if is_sharded(config, processes) and machine.device == "cuda" and config.train.optimizer == "auto":
+        return "adamw_torch_fused"  # 8-bit states have no shards
+    return optimizer_name(config, machine)
+
+
+def is_sharded(config: "Config", processes: int = 0) -> bool:
+    return (processes or ranks.world_size()) > 1 and config.train.parallel == "fsdp"
+
+
+def plan_as_set(
+    config: "Config", shape: Architecture, machine: Hardware, precision: Precision, backend: str, processes: int = 0
+) -> Plan:
     """The plan for a config without ``auto``."""
     train, tuning = config.train, config.tuning
     longest = config.render.max_length
@@ -124,14 +145,22 @@ def plan_as_set(config: "Config", shape: Architecture, machine: Hardware, precis
         rank=config.lora.r,
         targets=None if config.lora.target_modules == "auto" else config.lora.target_modules,
         dropout=config.lora.dropout > 0 and tuning.mode != "full",
-        optimizer=optimizer_name(config, machine),
+        optimizer=_optimizer(config, machine, processes),
         checkpointing=train.gradient_checkpointing is True,
-        host_embeddings=config.model.embeddings == "host" and can_use_host(config, shape, machine, backend),
+        host_embeddings=config.model.embeddings == "host" and can_use_host(config, shape, machine, backend, processes),
         offload=train.activation_offload and machine.device == "cuda",
         chunked=backend == "bitsandbytes",
         scores_kept=config.model.attention == "eager",
+        processes=processes or ranks.world_size(),
+        sharded=is_sharded(config, processes),
     )
-    return Plan(config, shape, run, memory.predict(shape, run), machine, backend)
+    plan = Plan(config, shape, run, memory.predict(shape, run), machine, backend)
+    if plan.fits or not run.sharded or machine.device != "cuda":
+        return plan
+    # several copies of the model in host memory, and the slower way to load it: only where it has to be
+    run = replace(run, load_on_host=True)
+    other = Plan(config, shape, run, memory.predict(shape, run), machine, backend)
+    return other if other.memory.peak < plan.memory.peak else plan
 
 
 def resolve(
@@ -159,7 +188,9 @@ def remedies(plan: Plan) -> list[tuple[str, str, Plan]]:
             break
         if changes.get("train", {}).get("gradient_accumulation") and now.config.train.micro_batch == 1:
             continue
-        new = plan_as_set(_with(now.config, **changes), plan.shape, plan.machine, plan.run.precision, plan.backend)
+        new = plan_as_set(
+            _with(now.config, **changes), plan.shape, plan.machine, plan.run.precision, plan.backend, plan.run.processes
+        )
         if new.memory.peak < _WORTHWHILE * now.memory.peak:
             words = [f"{s}.{k}={str(v).lower()}" for s, keys in changes.items() for k, v in keys.items()]
             if found and found[-1][1] == price:  # the same key once more
@@ -177,7 +208,9 @@ def _cheapest_first(plan: Plan) -> Iterator[tuple[dict[str, dict[str, Any]], str
         yield {"train": {"pack_length": config.render.max_length}}, "shorter rows, more of them"
     if cuda:
         yield {"train": {"optimizer": "paged_adamw_8bit"}}, "Adam's states in 8 bit"
-    if can_use_host(config, plan.shape, plan.machine, plan.backend):
+    if plan.run.processes > 1 and not plan.run.sharded and plan.backend == "bitsandbytes":
+        yield {"train": {"parallel": "fsdp"}}, "weights are gathered layer by layer, twice a pass"
+    if can_use_host(config, plan.shape, plan.machine, plan.backend, plan.run.processes):
         yield {"model": {"embeddings": "host"}}, "a look-up in host memory a row"
     yield {"train": {"gradient_checkpointing": True}}, "about a third slower"
     if config.tuning.mode == "full":

@@ -116,6 +116,7 @@ class TrainSection(Section):
     early_stopping_patience: Annotated[int, Field(ge=0)] = 0
     non_finite: Literal["stop", "skip"] = "stop"
     self_test: bool = True
+    parallel: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
 
     @property
     def micro_batch(self) -> int:

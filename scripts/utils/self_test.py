@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.utils import console, files, trained
+from scripts.utils import console, files, ranks, trained
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import MachineError, RefusedError
 from scripts.utils.loss import batch_loss
@@ -55,7 +55,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     # the environment first, as in every step: it hides what would break transformers' imports
     code = (
         "from scripts.utils import environment; from pathlib import Path; "
-        f"environment.prepare(Path({str(files.REPO_ROOT)!r})); from scripts.utils import self_test; self_test.child()"
+        f"environment.prepare(Path({str(files.REPO_ROOT)!r}), alone=True); from scripts.utils import self_test; self_test.child()"
     )
     try:
         done = subprocess.run(
@@ -64,7 +64,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=SECONDS,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**ranks.outside(os.environ), "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired:
         return {"skipped": f"it did not end within {SECONDS} seconds"}

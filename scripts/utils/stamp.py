@@ -85,6 +85,11 @@ def without_secrets(value: Any) -> Any:
     return clean(value)
 
 
+def holds_secret(text: str) -> bool:
+    """Whether a secret of the environment, or something that looks like a token, stands in ``text``."""
+    return without_secrets(text).count("***") > text.count("***")
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that decide a result."""
     from importlib import metadata
@@ -173,6 +178,9 @@ def for_people(stamp: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in stamp["versions"].items())),
         ("git", f"{git['commit'][:12]}{', with changes' if git['dirty'] else ''}" if git else "–"),
     ]
+    if parallel := stamp.get("parallel"):
+        where = f" on {parallel['machines']} machines" if parallel["machines"] > 1 else ""
+        lines.append(("processes", f"{parallel['processes']}{where}, {parallel['engine']}"))
     if result:
         loss = result["best_eval_loss"]
         lines.append(

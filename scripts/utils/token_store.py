@@ -84,7 +84,11 @@ def examples(
     if _is_whole(folder, key):
         return TokenStore(folder)
     try:
-        _make(folder, key, want.folder / f"{split}.jsonl", tokenizer, manifest["splits"][split])
+        # another run on the same rows may be making it just now
+        lock = files.file_lock(want.folder / ".tokens.lock", wait_seconds=3600, what=f"the tokens of {want.folder}")
+        with lock:
+            if not _is_whole(folder, key):
+                _make(folder, key, want.folder / f"{split}.jsonl", tokenizer, manifest["splits"][split])
     except (
         MachineError,
         OSError,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import adapters, console, files, model_store, stamp
+from scripts.utils import adapters, console, environment, files, model_store, stamp
 from scripts.utils.backends import load_causal_lm
 from scripts.utils.chat import Template, choose_template, load_tokenizer
 from scripts.utils.errors import MachineError, RefusedError, UserError
@@ -111,6 +111,8 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
     """Load what a run left. Raises as ``find_trained`` does."""
     found = find_trained(run, which=which)
     hardware, precision = inference_precision(found.facts["precision"]["actual"])
+    if not found.quantised:
+        environment.leave_out("bitsandbytes")
     model = load_causal_lm(found.weights, precision=precision, device=hardware.device, quantised=found.quantised)
     if found.adapter:
         model = attach_adapter(model, found.adapter)
@@ -144,7 +146,10 @@ def load_export(run: str, folder: Path) -> tuple[Any, str]:
     path = folder if full else base_path(facts)
     machine, precision = inference_precision(facts["precision"]["actual"])
     device = _device_with_room(machine.device, sum(p.stat().st_size for p in path.glob("*.safetensors")))
-    model = load_causal_lm(path, precision=precision, device=device, quantised=facts["tuning"]["mode"] == "qlora")
+    quantised = facts["tuning"]["mode"] == "qlora"
+    if not quantised:
+        environment.leave_out("bitsandbytes")
+    model = load_causal_lm(path, precision=precision, device=device, quantised=quantised)
     return model.eval() if full else attach_adapter(model, folder), precision
 
 

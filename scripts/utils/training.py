@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from scripts.utils import adapters, checkpoints, console, files, hardware, stamp, training_state
+from scripts.utils import adapters, checkpoints, console, files, hardware, ranks, sharding, stamp, training_state
 from scripts.utils.attention import by_segment
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, MachineError, RefusedError
@@ -35,6 +36,7 @@ class RunState:
     since: float = field(default_factory=time.monotonic)
     tokens_since: int = 0
     stop_signal: int | None = None
+    asked_signal: int | None = None  # what this process was sent; with several ranks they agree on stop_signal first
     divisor: int = 1  # micro batches are cut into this many parts since one did not fit into memory
     skipped: int = 0  # steps in a row that were passed over for a loss that was not finite
     steps_since: int = 0  # steps since the last line of the log, and how many of them were passed over
@@ -75,20 +77,34 @@ class SFTTrainer(Trainer):
         self._staging: Path | None = None
         self.tracked: Any = None  # the callback that tells the trackers
         self._restored: dict[str, Any] = {}
+        self.sharded = False  # each rank holds a part of the weights, so all must do as many passes
+        self._collected: dict[str, Any] = {}  # what all ranks put together for the first one to save
         super().__init__(train_dataset=Steps(schedule), **options)
+        if ranks.world_size() > 1 and not self.is_fsdp_enabled:
+            sharding.leave_frozen_alone(self.model)
         self.model_accepts_loss_kwargs = True  # losses are normalised here, not once more by the Trainer
 
     def get_train_dataloader(self) -> Any:
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset, batch_size=1, shuffle=False, collate_fn=lambda items: items[0]
         )
-        return self.accelerator.prepare(loader)
+        # every rank sees each step whole, and takes its share of the rows (_share)
+        return loader if ranks.world_size() > 1 else self.accelerator.prepare(loader)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if sharding.let_accelerate_shard_on_cpu(self.accelerator, getattr(self.args, "fsdp_plugin_args", None)):
+            self.is_fsdp_enabled = True
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate wants one dict of tensors, and is shown nowhere
 
+    def store_flos(self) -> None:
+        """Nothing: the Trainer's own asks all ranks, also where one saves alone."""
+
     def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's forward and backward passes; the whole step again in halves when memory runs out."""
+        model = self.model  # DDP's wrapper has its turn when the gradients are there
         model.train()
         draws = training_state.random_state() if self.config.lora.dropout else None
         while True:
@@ -97,7 +113,7 @@ class SFTTrainer(Trainer):
                     total, tokens = self._accumulate(model, inputs)
                 break
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self.sharded:  # shards: the others have gone on with this pass
                     raise
                 self._halve(error)
             # outside the except block, which would keep the failed pass's tensors alive
@@ -109,9 +125,14 @@ class SFTTrainer(Trainer):
         self._count(tokens)
         self.run_state.steps_since += 1
         # the scaler of fp16 expects gradients that overflow now and then, and passes over them itself
+        if ranks.world_size() > 1 and not self.sharded:
+            sharding.reduce_gradients(self.model_wrapped)
         gradients = [] if self.args.fp16 else [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = all_finite([total, *map(sharding.local, gradients)])  # the step's one wait for the device
+        if ranks.world_size() > 1:
+            total, finite = self._agree(total, finite)
         reason = None
-        if not all_finite([total, *gradients]):  # the step's one wait for the device
+        if not finite:
             finite = bool(torch.isfinite(total))
             reason = "a gradient became NaN or infinite" if finite else f"the loss became {float(total)}"
         if reason is None:
@@ -120,20 +141,48 @@ class SFTTrainer(Trainer):
         return self._pass_over(reason)
 
     def _accumulate(self, model: Any, inputs: Step) -> tuple[torch.Tensor, int]:
+        """Gradients and loss of this rank's share, over the trained tokens of the whole step; and the step's tokens."""
         count = sum(self.examples[i].trained_tokens for row in inputs for i in row)
-        total, tokens = torch.zeros((), device=self.args.device), 0
-        for indices in (part for row in self._rows(inputs) for part in self._parts(row, self.run_state.divisor)):
-            tokens += sum(len(self.examples[i].ids) for i in indices)
+        total = torch.zeros((), device=self.args.device)
+        for indices, times in self._share(inputs):
             row = self._prepare_inputs(self._to_row(indices))
             with self.compute_loss_context_manager(), activations_on_host(model, self._offloads):
-                loss = self.loss(model, row) / max(count, 1)
+                loss = self.loss(model, row) / max(count, 1) * times
             total += loss.detach()
-            self.accelerator.backward(loss)
-        return total, tokens
+            # DDP and FSDP take the mean over the ranks; wanted is the sum
+            self.accelerator.backward(loss * ranks.world_size())
+        return total, sum(len(self.examples[i].ids) for row in inputs for i in row)
+
+    def _share(self, inputs: Step) -> list[tuple[list[int], int]]:
+        """This rank's micro batches of a step, and how often each counts: 0 where a rank must keep in step with others."""
+        count, parts = ranks.world_size(), self.run_state.divisor
+        shares = [
+            [part for row in self._rows(inputs[number::count]) for part in self._parts(row, parts)]
+            for number in range(count)
+        ]
+        mine = shares[ranks.rank()]
+        idle = max(map(len, shares)) - len(mine) if self.sharded else 0
+        return [(part, 1) for part in mine] + [(self._parts(inputs[0], parts)[0], 0)] * idle
+
+    def _agree(self, total: torch.Tensor, finite: bool) -> tuple[torch.Tensor, bool]:
+        """The step's loss over all ranks, and whether all is finite on all; they settle what all of them must do alike."""
+        state = self.run_state
+        found = ranks.gather([float(total), finite, state.divisor, state.asked_signal or 0])
+        losses, finites, divisors, signals = zip(*found, strict=True)
+        if max(divisors) > state.divisor:
+            state.divisor = int(max(divisors))
+            console.warn(
+                f"another process ran out of memory at step {self.state.global_step + 1}: every micro batch is cut into "
+                f"{state.divisor} parts from here on. The step's batch, and so the result, stays the same"
+            )
+        if any(signals) and state.stop_signal is None:
+            state.stop_signal = int(next(filter(None, signals)))
+            console.note("train", "all processes stop after this step and save")
+        return torch.tensor(sum(losses), device=total.device, dtype=total.dtype), all(finites)
 
     def _rows(self, inputs: Step) -> Step:
         """A step's micro batches; in fewer rows where a beginning that they share counts once: the same step, computed faster."""
-        if not self.exact.shared:
+        if not self.exact.shared or not inputs:
             return inputs
         return rows_in_order(self.examples, [i for row in inputs for i in row], row_budget(self.config), shared=True)
 
@@ -188,7 +237,7 @@ class SFTTrainer(Trainer):
 
     def refuse_broken_weights(self) -> None:
         """After an optimizer step: raise ``DivergedError`` when a trained weight is no longer a number: such a step must never be saved."""
-        if not all_finite([p.detach() for p in self.model.parameters() if p.requires_grad]):
+        if not all_finite([sharding.local(p.detach()) for p in self.model.parameters() if p.requires_grad]):
             raise DivergedError(
                 f"a trained weight became NaN or infinite at step {self.state.global_step + 1}",
                 "lower train.learning_rate; the last good checkpoint is kept",
@@ -219,6 +268,8 @@ class SFTTrainer(Trainer):
         epoch = self.state.global_step / max(self.schedule.steps_per_epoch, 1)
         self.state.epoch = epoch
         super().log(logs, *args, **options)
+        if not ranks.is_first():
+            return
         with files.disk_errors(self.metrics_file), self.metrics_file.open("ab") as file:
             file.write(files.json_line({"step": self.state.global_step, **logs, "epoch": round(epoch, 4)}))
 
@@ -226,8 +277,9 @@ class SFTTrainer(Trainer):
         """Loss and perplexity over the trained tokens of the val rows, by the packed path that training takes."""
         with self.compute_loss_context_manager():
             budget = row_budget(self.config) // self.run_state.divisor
-            total, count = batch_loss(self.model, self.val, budget, loss=self.loss, exact=self.exact)
-        loss = total / max(count, 1)
+            deal = partial(ranks.deal, even=self.sharded) if ranks.world_size() > 1 else None
+            part, count = batch_loss(self.model, self.val, budget, loss=self.loss, exact=self.exact, deal=deal)
+        loss = sum(values[0] for values in ranks.gather([part])) / max(count, 1)
         if not math.isfinite(loss):  # before it is logged: no NaN reaches the disk
             raise DivergedError(
                 f"the validation loss became {loss} at step {self.state.global_step}",
@@ -240,12 +292,43 @@ class SFTTrainer(Trainer):
         self.control: Any = control
         return metrics
 
+    def begin_sharing(self) -> None:
+        """What several ranks do differently from one, once the engine has taken the model. Call when training begins."""
+        if ranks.world_size() < 2:
+            return
+        self.sharded = sharding.is_sharded(self.model)
+        if self.sharded and self.exact.chunked:  # the other way calls the model itself
+            self.loss = sharding.through_root(self.model, self.loss)
+        if ranks.rank() and not self._restored:
+            training_state.seed_anew(self.args.seed, ranks.rank(), self.state.global_step)
+
     # --- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if ranks.world_size() > 1:
+            self._collected = self._collect()
+            if ranks.is_first():
+                self._save_alone(model, trial)
+            self._collected = {}
+            ranks.barrier()  # what rank 0 could not save, no rank goes on from
+        else:
+            self._save_alone(model, trial)
+
+    def _collect(self) -> dict[str, Any]:
+        """What lies on more than one rank: shards of weights and of optimizer states, random numbers."""
+        whole = {}
+        if self.sharded:
+            whole = {"weights": self.whole_weights(), "optimizer": sharding.whole(self.optimizer.state_dict())}
+        return {**whole, "random": ranks.gather_objects(training_state.random_state())}
+
+    def whole_weights(self) -> dict[str, Any] | None:
+        """The trained weights put together, where they are in shards; all ranks must ask for them."""
+        return sharding.whole(adapters.trained_state(self.model)) if self.sharded else None
+
+    def _save_alone(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         with checkpoints.landing(folder, self.state.global_step, self.identity, self.checkpoint_bytes) as self._staging:
@@ -262,12 +345,15 @@ class SFTTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # adapters (or the tuned model) only: the stock training_args.bin is a pickle and may hold a hub token
-        adapters.save_weights(self.model, Path(output_dir or self.args.output_dir))
+        adapters.save_weights(self.model, Path(output_dir or self.args.output_dir), self._collected.get("weights"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)  # the Trainer's own would gather the frozen weights too
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         tree = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._collected.get("optimizer") or self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": training_state.random_state(),
@@ -275,6 +361,8 @@ class SFTTrainer(Trainer):
             "loss_since": (float(self._tr_loss), self._globalstep_last_logged),
             "counters": {name: getattr(self.run_state, name) for name in _COUNTERS},
         }
+        if others := self._collected.get("random", [])[1:]:
+            tree["random_of_other_ranks"] = others
         training_state.save(Path(output_dir), tree)
 
     def _save_scaler(self, output_dir: str) -> None:
@@ -291,7 +379,10 @@ class SFTTrainer(Trainer):
             return
         self._restored = training_state.load(Path(checkpoint))
         try:
-            self.optimizer.load_state_dict(self._restored["optimizer"])
+            optimizer = self._restored["optimizer"]
+            if self.is_fsdp_enabled:
+                optimizer = sharding.optimizer_as_in(optimizer, self.optimizer)
+            self.optimizer.load_state_dict(optimizer)
             self.lr_scheduler.load_state_dict(self._restored["scheduler"])
             if self._restored["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
                 self.accelerator.scaler.load_state_dict(self._restored["scaler"])
@@ -304,8 +395,13 @@ class SFTTrainer(Trainer):
         """With the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._restored:
-            training_state.set_random_state(self._restored["random"])
+        if not self._restored:
+            return
+        saved = [self._restored["random"], *self._restored.get("random_of_other_ranks", [])]
+        if ranks.is_first() or len(saved) == ranks.world_size():
+            training_state.set_random_state(saved[ranks.rank()])
+        else:  # another number of processes than it was saved with
+            training_state.seed_anew(self.args.seed, ranks.rank(), self.state.global_step)
 
     def restore_counters(self) -> None:
         """Put back what the Trainer resets at its start. Call when training begins."""
@@ -337,6 +433,9 @@ class SFTTrainer(Trainer):
         )
         weights = sum(value.nbytes for value in adapters.trained_state(self.model).values())
         need = self.checkpoint_bytes = weights + states
+        whole = self.whole_weights()
+        if not ranks.is_first():
+            return
         # those that rotation keeps, the best one, one in the making, and the export
         total = (self.config.train.save_total_limit + 2) * need + weights + 2**24
         free = shutil.disk_usage(folder).free
@@ -349,7 +448,7 @@ class SFTTrainer(Trainer):
             staging = Path(tempfile.mkdtemp(prefix=".checkpoint-0.", suffix=".saving", dir=folder))
         try:
             with files.disk_errors(folder / "checkpoint-0", need):
-                adapters.save_weights(self.model, staging)
+                adapters.save_weights(self.model, staging, whole)
                 checkpoints.hashes(staging)
                 adapters.load_weights(self.model, staging)
         finally:
@@ -375,6 +474,7 @@ def training_arguments(
     """The config as the Trainer wants it. Saving and evaluating are driven by ``Rhythm``."""
     train = config.train
     # a share never takes all the steps: the learning rate of the first one is zero
+    shared = sharding.trainer_options(config, precision)
     warmup = train.warmup if train.warmup >= 1 else min(math.ceil(train.warmup * steps), steps - 1)
     return TrainingArguments(
         output_dir=str(folder),
@@ -387,8 +487,6 @@ def training_arguments(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=hardware.optimizer_name(config, machine),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
         use_cpu=machine.device == "cpu",
         seed=train.seed,
         logging_strategy="no",
@@ -401,4 +499,5 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=machine.device == "cuda",
         push_to_hub=False,
+        **{"bf16": precision == "bf16", "fp16": precision == "fp16", **shared},
     )
