@@ -577,7 +577,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(
     """Root may write everywhere, so the trial save itself is made to fail as a read-only folder would."""
     from scripts.utils import adapters
 
-    def refuse(model: Any, folder: Path) -> None:
+    def refuse(model: Any, folder: Path, whole: Any = None) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
     project(max_steps=3)
