@@ -414,6 +414,8 @@ def test_hostile_names_are_shown_and_never_run() -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
     put("a", some(20), settings={"style.text": hostile}, status="unfinished", ended=f"failed: {hostile}")
     put("b", some(30), settings={"style.text": "x"})
+    (put("c", some(30)).rename("outputs/<img src=x onerror=alert(1)>") / "report.html").write_text("x")
+    put("d", some(30)).rename("outputs/<img src=y onerror=alert(2)>")
     board()
     text = PAGE.read_text(encoding="utf-8")
     assert "<script>alert" not in text and "<img" not in text
