@@ -56,8 +56,8 @@ def fill(run: str) -> bool:
 
     Nothing is done where the run has no TensorBoard files or has not ended, and no failure is more than a warning.
     """
-    folder = stamp.run_folder(run)
     try:
+        folder = stamp.run_folder(run)
         facts = stamp.read(run)
         events = folder / "tensorboard"
         if not facts or facts.get("status") != "finished" or not events.is_dir() or not any(events.iterdir()):

@@ -6,6 +6,7 @@ Drawings are stretched to the page's width; their labels are text beside them, s
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -22,10 +23,10 @@ _LABEL_GAP = 0.07  # of an axis, between two of its labels
 
 @dataclass(frozen=True)
 class Axis:
-    """``place``: where a run stands, 0 at the bottom to 1, or None; ``labels``: texts with their places."""
+    """``places``: where each run stands, 0 at the bottom to 1, or None; ``labels``: texts with their places."""
 
     title: str
-    place: Callable[[Entry], float | None]
+    places: tuple[float | None, ...]
     labels: tuple[tuple[float, str], ...]
 
 
@@ -36,13 +37,12 @@ def colour(at: int) -> str:
 def parallel(board: Board) -> list[str]:
     """A line for each run through its settings and figures; nothing where there is nothing to compare."""
     names = list(dict.fromkeys([*(group.metric for group in board.groups), ranking.VAL_LOSS]))
-    settings = [_axis(key, board.entries, lambda entry, key=key: entry.settings.get(key)) for key in board.keys]
+    settings = [_axis(key, [_setting(entry, key) for entry in board.entries]) for key in board.keys]
     figures = [
         _axis(
             f"{ranking.label(name)} {'↑' if ranking.higher_is_better(name) else '↓'}",
-            board.entries,
-            lambda entry, name=name: entry.scores.get(name),
-            lambda value, name=name: ranking.show(name, value),
+            [entry.scores.get(name) for entry in board.entries],
+            partial(ranking.show, name),
         )
         for name in names
         if any(name in entry.scores for entry in board.entries)
@@ -57,7 +57,7 @@ def parallel(board: Board) -> list[str]:
             colour(number), number, path, _said(entry, board)
         )
         for number, entry in reversed(list(enumerate(board.entries)))
-        if (path := _through(at, [axis.place(entry) for axis in axes]))
+        if (path := _through(at, [axis.places[number] for axis in axes]))
     )
     grid = "".join(f"M{x:.1f} 0V1000" for x in at)
     labels = Markup("").join(
@@ -103,29 +103,24 @@ def _through(at: Sequence[float], places: Sequence[float | None]) -> str:
     return "".join(steps)
 
 
-def _axis(
-    title: str, entries: Sequence[Entry], value_of: Callable[[Entry], Any], shown: Callable[[Any], str] = say
-) -> Axis:
+def _setting(entry: Entry, key: str) -> Any:
+    """None for a run whose settings are not known; what is not set has a mark of its own."""
+    return say(None) if entry.settings and entry.settings.get(key) is None else entry.settings.get(key)
+
+
+def _axis(title: str, values: Sequence[Any], shown: Callable[[Any], str] = say) -> Axis:
     """Numbers on a scale, logarithmic where the largest is ten times the least; anything else one mark a value."""
-    known = [value for entry in entries if (value := value_of(entry)) is not None]
+    known = [value for value in values if value is not None]
     if known and all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
         scale = scale_of(min(known), max(known))
-        values = sorted(set(known))
-        marks = values if len(values) <= 6 else _round_marks(values[0], values[-1])
-        labels = _apart([(scale(mark), shown(mark)) for mark in marks])
-
-        def place(entry: Entry) -> float | None:
-            value = value_of(entry)
-            return None if value is None else scale(value)
-
-        return Axis(title, place, labels)
-    texts = sorted({say(value_of(entry)) for entry in entries if entry.settings})
-    places = {text: (number + 0.5) / len(texts) for number, text in enumerate(texts)}
-    return Axis(
-        title,
-        lambda entry: places.get(say(value_of(entry))) if entry.settings else None,
-        _apart([(place, text) for text, place in places.items()]),
-    )
+        distinct = sorted(set(known))
+        marks = distinct if len(distinct) <= 6 else _round_marks(distinct[0], distinct[-1])
+        places = tuple(None if value is None else scale(value) for value in values)
+        return Axis(title, places, _apart([(scale(mark), shown(mark)) for mark in marks]))
+    texts = sorted({say(value) for value in known})
+    at = {text: (number + 0.5) / len(texts) for number, text in enumerate(texts)}
+    places = tuple(None if value is None else at[say(value)] for value in values)
+    return Axis(title, places, _apart([(place, text) for text, place in at.items()]))
 
 
 def scale_of(low: float, high: float) -> Callable[[float], float]:

@@ -87,7 +87,7 @@ def groups(entries: Sequence[Entry], by: str = "") -> list[Group]:
         elif entry.evaluation and entry.rows and (not by or by in entry.scores):
             more = _of_tokens(entry) if by in _OF_TOKENS else ()
             found.setdefault((*_decoding(entry.evaluation), entry.rows, *more), []).append(entry)
-    made = []
+    made: list[Group] = []
     for members in sorted(found.values(), key=len, reverse=True):
         metric = by or (_headline(members) if evaluated else VAL_LOSS)
         ranked = [entry for entry in members if metric in entry.scores]

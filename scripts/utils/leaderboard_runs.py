@@ -253,7 +253,7 @@ def of_sweep(sweep: Sweep) -> list[Entry]:
 
 def _with_sweep(known: Mapping[str, Any]) -> Entry:
     run, state = str(known["run"]), str(known.get("state") or "unknown")
-    variant = known.get("variant") if isinstance(known.get("variant"), dict) else {}
+    variant: dict[str, Any] = found if isinstance(found := known.get("variant"), dict) else {}
     if (Path("outputs") / run / "backend.json").is_file():
         entry = read(run)
     else:

@@ -156,7 +156,7 @@ def open_wandb(record: Record) -> Tracker:
     import wandb
 
     _try_to_write(record.folder / "wandb")  # it would go to the system's temporary folder instead
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     settings = wandb.Settings(
         silent=True,
         console="off",  # what is printed stays here
