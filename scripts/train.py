@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,11 @@ from scripts.utils import (
     console,
     environment,
     files,
-    fused_kernels,
     hardware,
     hparams,
     initial,
     launching,
+    loss_choice,
     model_folder,
     model_store,
     planning,
@@ -39,11 +39,12 @@ from scripts.utils import (
     stamp,
     token_store,
     trackers,
+    train_words,
 )
 from scripts.utils.config import run_name
 from scripts.utils.encoding import Encoded
 from scripts.utils.errors import DivergedError, Interrupted, RefusedError, UserError
-from scripts.utils.loss import Exact, Loss, find_exact, fused_loss, plain_loss, summed_loss, tolerance, whole_loss
+from scripts.utils.loss import Exact, Loss
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
@@ -80,7 +81,7 @@ def start(arguments: argparse.Namespace, config: "Config", words: Sequence[str])
 
 def work(arguments: argparse.Namespace, config: "Config") -> None:
     if arguments.show_stamp:
-        show_stamp(arguments.show_stamp)
+        train_words.show_stamp(arguments.show_stamp)
         return
     run = run_name(config, arguments.config)
     folder = stamp.run_folder(run)
@@ -168,9 +169,9 @@ def train(
             f"run {run} is already finished; nothing was trained. Another: make train RUN={run}-2 (same CONFIG)",
         )
         return
-    say_choices(choice, precision, machine)
-    say_plan(plan, no_plan, wanted)
-    say_ranks(config)
+    train_words.say_choices(choice, precision, machine)
+    train_words.say_plan(plan, no_plan, wanted)
+    train_words.say_ranks(config)
 
     tokenizer = chat.load_tokenizer(model_files.path)
     template = chat.choose_template(tokenizer, config.render.template)
@@ -193,7 +194,7 @@ def train(
     if init and not checkpoint:
         initial.put(loaded.model, init)
         console.note("train", f"beginning with the adapter in {init.folder}")
-    loss, exact = choose_loss(config, loaded.model, examples["train"], machine, fused=choice.actual == "unsloth")
+    loss, exact = loss_choice.choose_loss(config, loaded.model, examples["train"], fused=choice.actual == "unsloth")
     if config.train.packing and not exact.packing:
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
     facts = {
@@ -297,7 +298,8 @@ def make_trainer(
 
     from scripts.utils.callbacks import Report, Rhythm, Tracked
     from scripts.utils.schedule import make_schedule
-    from scripts.utils.training import SFTTrainer, training_arguments
+    from scripts.utils.trainer_settings import training_arguments
+    from scripts.utils.training import SFTTrainer
 
     schedule = make_schedule(config, examples["train"])
     trainer = SFTTrainer(
@@ -369,122 +371,7 @@ def hand_over(run: str, config: "Config", trainer: "SFTTrainer", tokenizer: Any,
     result = {**adapters.result_of(trainer, best), "export": export}
     stamp.end(run, step=trainer.state.global_step, how="finished", result=result)
     hparams.fill(run)
-    summarise(run, trainer, best)
-
-
-def say_choices(
-    choice: backend_choice.BackendChoice, precision: hardware.PrecisionChoice, machine: hardware.Hardware
-) -> None:
-    if choice.reason:
-        console.warn(
-            f"Unsloth was asked for, but {choice.reason}. This run uses bitsandbytes instead: the same training, slower "
-            f"on a GPU; the stamp says so. What helps: {choice.remedy}; tuning.fallback: never refuses instead."
-        )
-    elif choice.actual == "unsloth" and machine.device == "cpu":
-        console.note("train", "Unsloth is no faster on a CPU; bitsandbytes is the usual choice here")
-    if precision.changed:
-        console.warn(f"precision {precision.requested} was asked for; training in {precision.actual}: {precision.why}")
-    console.note("train", f"{choice.actual} on {machine.name} in {precision.actual} ({precision.why})")
-
-
-def say_plan(plan: planning.Plan | None, why_none: str, wanted: "Config") -> None:
-    if plan is None:
-        console.note("train", f"no plan of the memory: {why_none}")
-        return
-    console.note("train", f"plan: {plan.verdict()}")
-    console.note("train", f"plan: {plan.choices()}")
-    if wanted.model.embeddings == "host" and not plan.run.host_embeddings:
-        console.warn(
-            "model.embeddings: host has no use here: the table is trained, shared with the head, or not on a card"
-        )
-    if not plan.fits:
-        console.warn("by plan this run does not fit; it is tried all the same. make plan says what to change")
-
-
-def say_ranks(config: "Config") -> None:
-    count = ranks.world_size()
-    if count < 2:
-        return
-    how = {"ddp": "each with the whole model (DDP)", "fsdp": "the model in shards (FSDP2)"}[sharding.engine(config)]
-    console.note("train", f"{count} processes, {how}; the step's rows are dealt out, so the same is learnt as by one")
-    if config.train.gradient_accumulation < count:
-        console.warn(
-            f"a step has {config.train.gradient_accumulation} micro batches for {count} processes: some have nothing to do. "
-            f"train.gradient_accumulation: {count} or more uses all; it makes the step larger, or train.batch_size smaller"
-        )
-
-
-def choose_loss(
-    config: "Config", model: Any, examples: Sequence[Encoded], machine: hardware.Hardware, fused: bool
-) -> tuple[Loss, Exact]:
-    """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
-    from scripts.utils.offload import computing_device
-
-    loss: Loss = fused_loss if fused else summed_loss
-    packing = config.train.packing
-    if fused and not packing:
-        return loss, Exact(packing=False, segments=False, shared=False, chunked=False)
-    kernels = None
-    if not fused:  # Unsloth brings its own
-        kernels = fused_kernels.put(
-            model,
-            config.train.fused_kernels,
-            computing_device(model).type,
-            lambda: plain_loss(model, examples),
-            tolerance(model),
-        )
-    exact = ranks.from_first(lambda: find_exact(model, examples, loss, fused=fused))
-    if packing and not exact.packing:
-        console.warn("with this backend and device, packed examples would see one another: packing is off")
-    packing = packing and exact.packing
-    # under dropout the examples that share a beginning would share its noise too
-    shared = packing and exact.shared and config.train.share_prefix and not config.lora.dropout
-    lean = exact.lean and config.train.lean_lora
-    segments = packing and exact.segments
-    kernel = segments and exact.kernel
-    exact = replace(exact, packing=packing, segments=segments, shared=shared, lean=lean, kernel=kernel, fused=kernels)
-    exact = sharding.allowed(config, exact)
-    say_exact(exact, fused)
-    return loss if fused or exact.chunked else whole_loss, exact
-
-
-def say_exact(exact: Exact, fused: bool) -> None:
-    how = ["packed rows" if exact.packing else "padded rows"]
-    if exact.packing:
-        by_segment = "attention by segment" + (" in one kernel" if exact.kernel else "")
-        how += [by_segment if exact.segments else "attention masked over the whole row"]
-    how += ["shared beginnings computed once"] if exact.shared else []
-    how += ["the backend's own loss" if fused else "loss in chunks" if exact.chunked else "loss from whole logits"]
-    how += ["lean LoRA"] if exact.lean else []
-    how += [f"fused kernels of {exact.fused}"] if exact.fused else []
-    console.note("train", f"{', '.join(how)}; compared with one example at a time")
-
-
-def summarise(run: str, trainer: Any, best: str | None) -> None:
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    console.facts(
-        f"run {run} is trained",
-        [
-            ("steps", f"{trainer.state.global_step:,} ({trainer.run_state.tokens:,} tokens)"),
-            ("train loss", f"{losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f}" if losses else "–"),
-            ("val loss", f"{evals[0]:.4f} → {evals[-1]:.4f}, best {min(evals):.4f}" if evals else "– (no val rows)"),
-            ("kept", f"the best checkpoint ({best})" if best else "the last step"),
-            ("adapter", f"{stamp.adapter_folder(run)}"),
-            ("next", f"make eval RUN={run}   make infer RUN={run}   make merge RUN={run}"),
-        ],
-    )
-
-
-def show_stamp(run: str) -> None:
-    known = stamp.require(run)
-    console.facts(f"run {run}: {known['status']}", stamp.for_people(known))
-    console.table(
-        "starts",
-        ["began", "from step", "reached", "ended"],
-        [(start["at"], start["from_step"], start["step"], start["ended"]) for start in known["starts"]],
-    )
-    console.result(f"all of it: {stamp.path_of(run)}")
+    train_words.summarise(run, trainer, best)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

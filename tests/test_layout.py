@@ -25,12 +25,12 @@ hardware launching sharding event_log safetensors_writer gguf_model gguf_runtime
 arrow_rows unsloth_probe bundle doctor_packages
 config sweep_file architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
-packing planning offload fused_kernels sweep_choices hparams
+packing planning offload fused_kernels sweep_choices hparams trainer_settings
 leaderboard_runs
 attention sweep_plan trackers
 loss backends answer_cache sweep_state sweep_prune
-data_hub reading hub_push sweep_places
-model_store schedule sweep_jobs
+data_hub reading hub_push sweep_places train_words
+model_store schedule sweep_jobs loss_choice
 model_card forecast doctor_hub doctor_config
 adapters sweep_table tally sources unsloth_child shown grouping row_losses doctor_trials
 data_report run_report_curves run_report_facts run_report_style run_report_words

@@ -122,7 +122,7 @@ def test_learning_rate_schedule_and_warmup_are_the_configs(project: Callable[...
 def test_every_training_key_reaches_the_trainer(project: Callable[..., Path]) -> None:
     project()
     from scripts.utils.hardware import Hardware, optimizer_name
-    from scripts.utils.training import training_arguments
+    from scripts.utils.trainer_settings import training_arguments
 
     cpu, card, small = (Hardware(d, d, m) for d, m in (("cpu", 2**34), ("cuda", 2**35), ("cuda", 2**33)))  # type: ignore[arg-type]
     config = load_config(

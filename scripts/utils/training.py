@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 
 from scripts.utils import adapters, checkpoints, console, files, hardware, ranks, sharding, stamp, training_state
 from scripts.utils.attention import by_segment
@@ -466,38 +466,3 @@ def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def training_arguments(
-    config: "Config", folder: Path, machine: hardware.Hardware, precision: str, steps: int
-) -> TrainingArguments:
-    """The config as the Trainer wants it. Saving and evaluating are driven by ``Rhythm``."""
-    train = config.train
-    # a share never takes all the steps: the learning rate of the first one is zero
-    shared = sharding.trainer_options(config, precision)
-    warmup = train.warmup if train.warmup >= 1 else min(math.ceil(train.warmup * steps), steps - 1)
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.scheduler,
-        warmup_steps=int(warmup),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=hardware.optimizer_name(config, machine),
-        use_cpu=machine.device == "cpu",
-        seed=train.seed,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",  # callbacks.Tracked does it
-        run_name=folder.name,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=machine.device == "cuda",
-        push_to_hub=False,
-        **{"bf16": precision == "bf16", "fp16": precision == "fp16", **shared},
-    )
