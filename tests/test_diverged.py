@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from scripts import train
-from scripts.utils import callbacks, checkpoints, stamp
+from scripts.utils import callbacks, checkpoints, loss_choice, stamp
 from scripts.utils.errors import DivergedError, MachineError
 from scripts.utils.loss import summed_loss
 from tests.test_train import RUN, losses, metrics, run_steps, weights
@@ -38,7 +37,7 @@ class Planted:
             return self.on_loss(row, summed_loss(model, row))
 
         monkeypatch.setattr(callbacks.Report, "on_step_begin", begin)
-        monkeypatch.setattr(train, "summed_loss", loss)
+        monkeypatch.setattr(loss_choice, "summed_loss", loss)
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ def test_an_export_that_is_not_what_was_trained_is_refused_and_the_old_one_stays
     before = files.sha256_file(Path("adapters") / RUN / "adapter_model.safetensors")
     original = adapters.save_weights
 
-    def wrong(model: Any, folder: Path) -> None:
-        original(model, folder)
+    def wrong(model: Any, folder: Path, whole: Any = None) -> None:
+        original(model, folder, whole)
         if "checkpoint" not in str(folder):
             path = folder / "adapter_model.safetensors"
             save_file({name: value * 30 for name, value in load_file(path).items()}, path)
