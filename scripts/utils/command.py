@@ -85,7 +85,9 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
     arguments = parser.parse_args(argv)
 
     def start() -> int | None:
-        environment.prepare(REPO_ROOT, alone=argv is None)
+        environment.prepare(REPO_ROOT)
+        if argv is None:
+            environment.serve_one_command()
         from scripts.utils.config import load_config
 
         flags: dict[str, Any] = {}

@@ -58,13 +58,8 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return values
 
 
-def prepare(root: Path, *, alone: bool = False) -> None:
-    """Set what is not set yet; what the user's shell says wins over .env, and .env over the defaults.
-
-    ``alone`` says that this process serves one command and ends with it, so that ``leave_out`` may hide what that
-    command does not need.
-    """
-    global _alone
+def prepare(root: Path) -> None:
+    """Set what is not set yet; what the user's shell says wins over .env, and .env over the defaults."""
     early = [name for name in _HEAVY if sys.modules.get(name)]
     if early:
         raise RuntimeError(f"environment.prepare must run before {', '.join(early)} is imported")
@@ -72,9 +67,14 @@ def prepare(root: Path, *, alone: bool = False) -> None:
         os.environ.setdefault(name, value)
     for package in _HIDDEN:
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-    _alone = alone
     # on a CPU with AVX-512 BF16 it asks for a kernel from the hub, which is not used here (backends.keep_four_bits)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def serve_one_command() -> None:
+    """This process ends with its command, so that ``leave_out`` may hide what the command does not need."""
+    global _alone
+    _alone = True
 
 
 def show_hidden() -> None:

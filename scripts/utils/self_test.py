@@ -55,7 +55,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     # the environment first, as in every step: it hides what would break transformers' imports
     code = (
         "from scripts.utils import environment; from pathlib import Path; "
-        f"environment.prepare(Path({str(files.REPO_ROOT)!r}), alone=True); from scripts.utils import self_test; self_test.child()"
+        f"environment.prepare(Path({str(files.REPO_ROOT)!r})); environment.serve_one_command(); from scripts.utils import self_test; self_test.child()"
     )
     try:
         done = subprocess.run(
