@@ -35,11 +35,19 @@ def to_pieces(tokenizer: "PreTrainedTokenizerBase", encoded: Encoded) -> list[Pi
         context = encoded.ids[max(0, start - _CONTEXT) : start]
         text = _decode(tokenizer, [*context, *encoded.ids[start:end]])[len(_decode(tokenizer, context)) :]
         last = end == len(encoded.ids) or trained[end] != trained[start]
-        if text.endswith("\ufffd") and not last and end - start < 4:  # half of a character: UTF-8 has up to 4 bytes
+        # half of a character, of which UTF-8 has up to 4 bytes
+        if text.endswith("\ufffd") and not last and end - start < 4 and _goes_on(tokenizer, encoded.ids, end):
             continue
         pieces.append(Piece(text, tuple(encoded.ids[start:end]), trained[start]))
         start = end
     return pieces
+
+
+def _goes_on(tokenizer: Any, ids: Sequence[int], end: int) -> bool:
+    """Whether the tokens from ``end`` on change what stands before them; a U+FFFD of the text itself stays as it is."""
+    before = ids[max(0, end - _CONTEXT) : end]
+    text = _decode(tokenizer, before)
+    return any(not _decode(tokenizer, [*before, *ids[end : end + more]]).startswith(text) for more in (1, 2, 3))
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
