@@ -23,16 +23,16 @@ pytestmark = [
 ]
 STEPS = 5
 # runs train.main() with something planted first, in a process that has imported nothing heavy yet
-PLANTED = f"import sys, os\nsys.path.insert(0, {str(ROOT)!r})\nfrom scripts import train\n{{}}\nraise SystemExit(train.main())"
-FIRST_STEP_FAILS = "def fail(*_): raise RuntimeError('planted in the first step')\ntrain.fused_loss = fail"
+PLANTED = f"import sys, os\nsys.path.insert(0, {str(ROOT)!r})\nfrom scripts import train\nfrom scripts.utils import loss_choice\n{{}}\nraise SystemExit(train.main())"
+FIRST_STEP_FAILS = "def fail(*_): raise RuntimeError('planted in the first step')\nloss_choice.fused_loss = fail"
 # two micro batches a step: the fifth belongs to step 3
 CTRL_C_AT_STEP_3 = (
-    "real, calls = train.fused_loss, []\n"
+    "real, calls = loss_choice.fused_loss, []\n"
     "def press(*words):\n"
     "    calls.append(1)\n"
     "    if len(calls) == 5: os.kill(os.getpid(), 2)\n"
     "    return real(*words)\n"
-    "train.fused_loss = press"
+    "loss_choice.fused_loss = press"
 )
 
 
