@@ -302,3 +302,15 @@ def test_any_plan_expands_to_runs_with_names_of_their_own(
     assert len(runs) == len({run.name for run in runs}) == len({run.fingerprint for run in runs})
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", run.name) for run in runs)
     assert runs == runs_of("\n".join(lines))
+
+
+def test_a_plan_that_is_not_there_is_told_with_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.utils import yaml_text
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "sweep.yaml").write_text("data: [a]\n")
+    (tmp_path / ".hidden.yaml").write_text("a: 1\n")
+    with pytest.raises(UserError, match="nope.yaml not found") as caught:
+        yaml_text.load(Path("nope.yaml"))
+    assert "configs/sweep.yaml" in caught.value.hint and "hidden" not in caught.value.hint

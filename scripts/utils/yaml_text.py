@@ -67,7 +67,8 @@ def load(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        folders = dict.fromkeys((path.parent, Path("configs")))
+        nearby = [str(p) for f in folders for p in sorted(f.glob("*.yaml")) if not p.name.startswith(".")]
         hint = f"there is: {', '.join(nearby)}" if nearby else "check the path; it is relative to the current folder"
         raise UserError(f"config {path} not found (looked for {path.absolute()})", hint) from error
     except (OSError, UnicodeDecodeError) as error:
