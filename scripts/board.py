@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, servers
+from scripts.utils import command, console, files, lifetime, servers
 from scripts.utils.errors import MachineError, UserError
 
 HOST = servers.LOOPBACK
@@ -53,7 +53,7 @@ def launch(port: int, *, keep: bool) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the training run
-            preexec_fn=None if keep else servers.in_child,  # noqa: PLW1509 - this process has no threads
+            preexec_fn=None if keep else lifetime.in_child,  # noqa: PLW1509 - this process has no threads
         )
     if keep:
         started = psutil.Process(process.pid).create_time()
@@ -163,7 +163,7 @@ def _run(words: Sequence[str], board: subprocess.Popen[bytes] | None) -> int:
         signal.signal(handled, lambda caught, frame: arrived.append(caught))
     try:
         # a session of its own: a Ctrl-C on the terminal reaches it through this process only, so never twice
-        child = subprocess.Popen(words, start_new_session=True, preexec_fn=servers.in_child)  # noqa: PLW1509
+        child = subprocess.Popen(words, start_new_session=True, preexec_fn=lifetime.in_child)  # noqa: PLW1509
     except OSError as error:
         raise UserError(f"{words[0]}: cannot be run ({error.strerror})", "check the command after --") from error
     while True:

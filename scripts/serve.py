@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, servers, stamp
+from scripts.utils import command, console, files, lifetime, servers, stamp
 from scripts.utils.config import run_name
 from scripts.utils.engine_child import KEY, Question
 from scripts.utils.errors import MachineError, RefusedError, UserError
@@ -112,7 +112,7 @@ def engine(question: Question) -> "Iterator[subprocess.Popen[bytes]]":
         stdin=subprocess.DEVNULL,
         stdout=2,  # its log is no result, so to stderr
         start_new_session=True,  # a Ctrl-C on the terminal reaches it through this process only
-        preexec_fn=servers.in_child,  # noqa: PLW1509 - this process has no threads
+        preexec_fn=lifetime.in_child,  # noqa: PLW1509 - this process has no threads
     )
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))

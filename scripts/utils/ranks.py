@@ -6,17 +6,15 @@ that all of them come to the same decisions.
 """
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scripts.utils import lifetime
 from scripts.utils.errors import MachineError
 
 T = TypeVar("T")
@@ -92,8 +90,7 @@ def _join() -> int:
     import torch
     import torch.distributed as dist
 
-    if sys.platform == "linux":  # however the launcher ends, no rank goes on alone
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    lifetime.end_with_parent()  # however the launcher ends, no rank goes on alone
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())

@@ -1,17 +1,14 @@
-"""What programs that listen on a port have in common: is the port free, and a child that never outlives its parent."""
+"""What programs that listen on a port have in common: is the port free, and the end of a child."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
 
 from scripts.utils.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parse_port(text: str | None, default: int) -> int:
@@ -38,16 +35,6 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
         except OSError:
             return False
     return True
-
-
-def die_with_parent() -> None:
-    """In a new child on Linux: get SIGTERM when the parent dies, even by SIGKILL (prctl(2)). Elsewhere: nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-# for Popen's preexec_fn, which other systems may not have at all
-in_child = die_with_parent if sys.platform == "linux" else None
 
 
 def end(process: "subprocess.Popen[bytes]", first: int = signal.SIGTERM, seconds: float = 5) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.utils import console, files, stamp, sweep_places, sweep_state
+from scripts.utils import console, files, lifetime, stamp, sweep_places, sweep_state
 from scripts.utils.config import to_yaml
 from scripts.utils.errors import MachineError, SFTError
 from scripts.utils.sweep_plan import DATA_STEPS, Run
@@ -178,7 +178,7 @@ class Crew:
                 stderr=log,
                 start_new_session=True,
                 pass_fds=(self.lock,),
-                preexec_fn=functools.partial(sweep_places.enter_child, os.getpid()),  # noqa: PLW1509
+                preexec_fn=functools.partial(lifetime.end_with_parent, parent=os.getpid()),  # noqa: PLW1509
             )
 
     def look_at(self, job: Job) -> None:

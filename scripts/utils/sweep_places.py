@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterator
 from itertools import takewhile
 
-from scripts.utils import console, files, hardware, servers, sweep_state, workers
+from scripts.utils import console, files, hardware, sweep_state, workers
 from scripts.utils.errors import RefusedError
 
 # what a step may take from the environment; the rest of make's variables is in the run's own config
@@ -60,10 +59,3 @@ def environment(device: str | None, places: int) -> dict[str, str]:
     elif places > 1:
         kept.setdefault("OMP_NUM_THREADS", str(max(1, workers.cores() // places)))
     return kept
-
-
-def enter_child(parent: int) -> None:
-    """In a new child, before its program starts: it ends when the sweep does, however that ends (on Linux)."""
-    servers.die_with_parent()
-    if os.getppid() != parent:  # it was killed before the line above
-        os._exit(128 + signal.SIGTERM)

@@ -4,7 +4,6 @@ Few rows are done in this process, and so are all where processes cannot be fork
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import signal
@@ -13,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from scripts.utils import lifetime
 from scripts.utils.errors import MachineError
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ def _prepare(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # a fork takes the mask along
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before that took effect
-        os._exit(1)
+    lifetime.end_with_parent(signal.SIGKILL, parent=parent)
 
 
 def numbered(lines: Iterable[T], size: int) -> Iterator[tuple[int, list[T]]]:
