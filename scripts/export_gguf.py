@@ -105,7 +105,9 @@ def export(
         shutil.rmtree(left, ignore_errors=True)
     with files.disk_errors(target), tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as temporary:
         new = Path(temporary) / target.name
-        with files.disk_errors(target):
+        with files.disk_errors(
+            target
+        ):  # once more in here: whether the disk is full shows while the unfinished file is there
             if converter:
                 convert(converter, whole.folder, new, quant)
             else:

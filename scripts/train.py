@@ -22,7 +22,6 @@ from scripts.utils import (
     checkpoints,
     command,
     console,
-    environment,
     files,
     hardware,
     hparams,
@@ -156,7 +155,7 @@ def train(
         and "8bit" not in hardware.optimizer_name(config, machine)
         and choice.actual == "bitsandbytes"
     ):
-        environment.leave_out("bitsandbytes")
+        backends.spare_bitsandbytes(model_files.path)
     init = initial.find(config.tuning.init_adapter, config.lora, model_hash) if config.tuning.init_adapter else None
     identity = resume.identity_of(
         config, choice.actual, precision.actual, model_hash, manifest, init.hash if init else None

@@ -1,5 +1,6 @@
 """What a command imports is what its user waits for: the whole of torch and more, or a tokenizer."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.utils import backends, environment
 from tests import commands
 
 COSTLY = ("torch", "bitsandbytes", "sklearn", "scipy", "datasets", "pandas")
@@ -46,3 +48,16 @@ def test_training_imports_nothing_that_it_does_not_use(project: Callable[..., Pa
     packages = imported("train", "--config", "tiny.yaml", cwd=folder)
     assert "torch" in packages
     assert packages.isdisjoint(set(COSTLY) - {"torch"})
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_weights_that_are_quantised_already_keep_bitsandbytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
+) -> None:
+    config = {"quantization_config": {"quant_method": "bitsandbytes"}} if quantised else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.setattr(environment, "_alone", True)
+    backends.spare_bitsandbytes(tmp_path)
+    assert ("bitsandbytes" in sys.modules) is not quantised
+    sys.modules.pop("bitsandbytes", None)  # monkeypatch puts back what was there before

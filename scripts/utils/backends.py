@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import environment, planning, ranks, sharding
+from scripts.utils import environment, files, planning, ranks, sharding
 from scripts.utils.errors import MachineError, SFTError, UserError
 
 if TYPE_CHECKING:
@@ -67,6 +67,12 @@ def nf4(precision: "Precision", *, shards: bool = False) -> Any:
         bnb_4bit_compute_dtype=torch_dtype(precision),
         **({"bnb_4bit_quant_storage": torch_dtype(precision)} if shards else {}),
     )
+
+
+def spare_bitsandbytes(path: Path) -> None:
+    """Before a model is loaded as it lies in ``path``: PEFT need not import bitsandbytes, unless the weights there are quantised."""
+    if "quantization_config" not in files.read_json(path / "config.json"):
+        environment.leave_out("bitsandbytes")
 
 
 def load_causal_lm(

@@ -78,7 +78,7 @@ def serve_one_command() -> None:
 
 
 def show_hidden() -> None:
-    """Take back what ``prepare`` hid, for those that use it: Unsloth, lm-evaluation-harness, data sets of the hub."""
+    """Take back what ``prepare`` hid, for those that use it: Unsloth and lm-evaluation-harness."""
     for package in _HIDDEN:
         if sys.modules.get(package, "") is None:
             del sys.modules[package]

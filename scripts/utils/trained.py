@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import adapters, console, environment, files, model_store, stamp
-from scripts.utils.backends import load_causal_lm
+from scripts.utils import adapters, console, files, model_store, stamp
+from scripts.utils.backends import load_causal_lm, spare_bitsandbytes
 from scripts.utils.chat import Template, choose_template, load_tokenizer
 from scripts.utils.errors import MachineError, RefusedError, UserError
 
@@ -111,9 +111,7 @@ def load_trained(run: str, *, which: Which = "tuned") -> Trained:
     """Load what a run left. Raises as ``find_trained`` does."""
     found = find_trained(run, which=which)
     hardware, precision = inference_precision(found.facts["precision"]["actual"])
-    if not found.quantised:
-        environment.leave_out("bitsandbytes")
-    model = load_causal_lm(found.weights, precision=precision, device=hardware.device, quantised=found.quantised)
+    model = _load(found.weights, precision, hardware.device, quantised=found.quantised)
     if found.adapter:
         model = attach_adapter(model, found.adapter)
     own_ends = found.folder / "generation_config.json"
@@ -130,7 +128,7 @@ def load_base_model(name: str, revision: str | None = None) -> Trained:
     path = model_store.resolve(name, revision).path
     tokenizer = load_tokenizer(path)
     hardware, precision = inference_precision(None)
-    model = load_causal_lm(path, precision=precision, device=hardware.device)
+    model = _load(path, precision, hardware.device)
     template = choose_template(tokenizer, "auto")
     return _ready("", model, tokenizer, template, hardware.device, precision, {}, "base", path)
 
@@ -146,11 +144,14 @@ def load_export(run: str, folder: Path) -> tuple[Any, str]:
     path = folder if full else base_path(facts)
     machine, precision = inference_precision(facts["precision"]["actual"])
     device = _device_with_room(machine.device, sum(p.stat().st_size for p in path.glob("*.safetensors")))
-    quantised = facts["tuning"]["mode"] == "qlora"
-    if not quantised:
-        environment.leave_out("bitsandbytes")
-    model = load_causal_lm(path, precision=precision, device=device, quantised=quantised)
+    model = _load(path, precision, device, quantised=facts["tuning"]["mode"] == "qlora")
     return model.eval() if full else attach_adapter(model, folder), precision
+
+
+def _load(path: Path, precision: "Precision", device: str, *, quantised: bool = False) -> Any:
+    if not quantised:
+        spare_bitsandbytes(path)
+    return load_causal_lm(path, precision=precision, device=device, quantised=quantised)
 
 
 def _device_with_room(device: str, need: int) -> str:
