@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def work(arguments: argparse.Namespace, config: "Config") -> int:
     machine = forecast.imagined(arguments.gpu_gb) if arguments.gpu_gb else hardware.detect()
-    precision = hardware.choose_precision(config.train, machine)
+    precision = hardware.choose_precision(config, machine)
     plan = forecast.plan_of(config, machine, precision.actual, launching.layout().world)
     show_memory(plan)
     console.facts("the run", facts(plan, precision))

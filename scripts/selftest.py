@@ -41,7 +41,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     if config.tuning.backend == "unsloth":
         raise UserError("selftest compares what bitsandbytes runs", "add SET=tuning.backend=bitsandbytes")
     machine = hardware.detect()
-    precision = hardware.choose_precision(config.train, machine).actual
+    precision = hardware.choose_precision(config, machine).actual
     path = model_store.resolve(config.model.name, config.model.revision).path
     tokenizer = chat.load_tokenizer(path)
     rows = conversations(tokenizer, chat.choose_template(tokenizer, config.render.template))

@@ -145,7 +145,7 @@ def train(
         model_files = model_store.resolve(config.model.name, config.model.revision)
         model_hash = model_store.content_hash(model_files.path)
     earlier = (stamp.read(run) or {}).get("precision", {}).get("actual")
-    precision = hardware.choose_precision(config.train, machine, earlier)
+    precision = hardware.choose_precision(config, machine, earlier)
     sharding.check(config, precision.actual)
     wanted = config
     config = sharding.without_levers(config)
@@ -193,7 +193,9 @@ def train(
     if init and not checkpoint:
         initial.put(loaded.model, init)
         console.note("train", f"beginning with the adapter in {init.folder}")
-    loss, exact = loss_choice.choose_loss(config, loaded.model, examples["train"], fused=choice.actual == "unsloth")
+    loss, exact = loss_choice.choose_loss(
+        config, loaded.model, examples["train"], precision.actual, fused=choice.actual == "unsloth"
+    )
     if config.train.packing and not exact.packing:
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
     facts = {

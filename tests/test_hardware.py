@@ -7,7 +7,7 @@ import pytest
 from scripts.utils import hardware
 from scripts.utils.errors import MachineError
 from scripts.utils.hardware import Hardware, best_precision, choose_precision, nvidia, supported
-from scripts.utils.schema import TrainSection
+from scripts.utils.schema import Config
 
 GIB = 2**30
 PASCAL = Hardware("cuda", "GTX 1080", 8 * GIB, (6, 1))
@@ -22,6 +22,10 @@ CPU = Hardware("cpu", "old CPU", 16 * GIB)
 CPU_BF16 = Hardware("cpu", "new CPU", 16 * GIB, cpu_bf16_faster=True)
 
 
+def training(**train: object) -> Config:
+    return Config(train=train)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("machine", "auto"),
     [
@@ -34,20 +38,26 @@ CPU_BF16 = Hardware("cpu", "new CPU", 16 * GIB, cpu_bf16_faster=True)
         (BLACKWELL, "bf16"),
         (MPS, "bf16"),
         (CPU, "fp32"),
-        (CPU_BF16, "fp32"),
+        (CPU_BF16, "bf16"),
     ],
 )
 def test_auto_takes_what_each_generation_does_best(machine: Hardware, auto: str) -> None:
     assert best_precision(machine)[0] == auto
-    choice = choose_precision(TrainSection(), machine)
+    choice = choose_precision(Config(), machine)
     assert (choice.requested, choice.actual, choice.changed) == ("auto", auto, False)
 
 
 def test_auto_stays_with_the_precision_that_the_run_began_with() -> None:
-    assert choose_precision(TrainSection(), CPU, "bf16").actual == "bf16"
-    assert "train.precision: bf16" in choose_precision(TrainSection(), CPU_BF16).why
-    assert choose_precision(TrainSection(), TURING, "bf16").actual == "fp16", "a card that lacks it"
-    assert choose_precision(TrainSection(precision="fp32"), CPU, "bf16").actual == "fp32", "asked for by name"
+    assert choose_precision(Config(), CPU, "bf16").actual == "bf16"
+    assert choose_precision(Config(), CPU_BF16, "fp32").actual == "fp32", "begun before this CPU was measured"
+    assert "train.precision: fp32" in choose_precision(Config(), CPU_BF16).why
+    assert choose_precision(Config(), TURING, "bf16").actual == "fp16", "a card that lacks it"
+    assert choose_precision(training(precision="fp32"), CPU, "bf16").actual == "fp32", "asked for by name"
+
+
+def test_full_tuning_stays_exact_on_a_cpu() -> None:
+    full = Config(tuning={"mode": "full"})  # type: ignore[arg-type]
+    assert choose_precision(full, CPU_BF16).actual == "fp32" and choose_precision(full, AMPERE).actual == "bf16"
 
 
 def test_precision_and_threads_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,20 +108,20 @@ def test_threads_to_try_are_never_more_than_this_process_may_use() -> None:
 def test_what_was_asked_for_is_kept_where_it_runs_and_replaced_aloud_where_not(
     train: dict[str, object], machine: Hardware, actual: str, changed: bool
 ) -> None:
-    choice = choose_precision(TrainSection(**train), machine)  # type: ignore[arg-type]
+    choice = choose_precision(training(**train), machine)
     assert (choice.actual, choice.changed) == (actual, changed)
     assert choice.why
 
 
 def test_a_replacement_names_both_precisions() -> None:
-    choice = choose_precision(TrainSection(bf16=True), TURING)
+    choice = choose_precision(training(bf16=True), TURING)
     assert choice.requested == "bf16" and "Ampere" in choice.why
 
 
 @pytest.mark.parametrize("train", [{"bf16": True}, {"bf16": True, "fp16": True}])
 def test_strict_refuses_instead_of_replacing(train: dict[str, bool]) -> None:
     with pytest.raises(MachineError):
-        choose_precision(TrainSection(precision_strict=True, **train), TURING)  # type: ignore[arg-type]
+        choose_precision(training(precision_strict=True, **train), TURING)  # type: ignore[arg-type]
 
 
 def test_every_answer_comes_with_a_reason() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scripts.utils import chunked_loss
 from scripts.utils.attention import NAME, by_segment, can_segment, is_segmented
 from scripts.utils.encoding import Encoded
-from scripts.utils.loss import Exact, batch_loss, find_exact, on_device, summed_loss, whole_loss
+from scripts.utils.loss import Exact, Loss, batch_loss, find_exact, mixed, on_device, summed_loss, whole_loss
 from scripts.utils.packing import make_rows, pack, rows_in_order, shared_prefixes, split_indices, to_row
 from tests.tiny_models import FAMILIES, tiny
 
@@ -248,6 +248,35 @@ def test_a_loss_near_zero_keeps_its_digits() -> None:
     found = chunked_loss.ChunkedLoss.apply(hidden, weight, None, targets, 0.0, 1.0)
     true = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
     assert float(true) / 60 < 0.2 and float(found) == pytest.approx(float(true), rel=5e-6)
+
+
+@pytest.mark.parametrize("way", [summed_loss, whole_loss])
+def test_fp32_weights_compute_in_the_precision_of_the_run(way: Loss) -> None:
+    """What full tuning asks for: Accelerate's autocast lies around the model's own forward, which the chunked loss goes past."""
+    model, row = tiny("llama", vocab=VOCAB), to_row(examples()[:2])
+    wanted = gradients(model, way(model, row))
+    seen = []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    found = gradients(model, mixed(way, "cpu", "bf16")(model, row))
+    assert seen == [torch.bfloat16] and mixed(way, "cpu", "fp32") is way
+    hook.remove()
+    assert 0 < float((found - wanted).norm()) < 0.1 * float(wanted.norm())
+
+
+def test_small_gradients_survive_fp16_under_autocast() -> None:
+    """Of tokens that are nearly learnt, times a head's small weights."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(3000, 64) * 1e-4, torch.arange(8)
+    learnt = weight[:8] * (18 / weight[:8].square().sum(1, keepdim=True))
+
+    def gradient(half: bool) -> torch.Tensor:
+        hidden = learnt.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            loss = chunked_loss.ChunkedLoss.apply(hidden, weight, None, targets, 0.0, 1.0)
+        return torch.autograd.grad(loss, hidden)[0]
+
+    wanted = gradient(False)
+    assert float((gradient(True) - wanted).norm()) < 0.01 * float(wanted.norm()) < 1e-7
 
 
 def test_a_backends_own_loss_is_compared_by_packing_alone_whatever_its_name() -> None:

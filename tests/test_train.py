@@ -205,6 +205,19 @@ def test_the_other_tuning_modes_train_and_are_stamped(project: Callable[..., Pat
 
 
 @pytest.mark.slow
+def test_full_tuning_in_bf16_computes_in_bf16_and_keeps_fp32_weights(project: Callable[..., Path]) -> None:
+    project(max_steps=3, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        run_steps(overrides=f"tuning.mode=full run.name={precision} train.precision={precision}")
+        assert stamp.require(precision)["precision"]["actual"] == precision
+        lines = map(json.loads, Path(f"outputs/{precision}/metrics.jsonl").read_text().splitlines())
+        losses[precision] = [value for line in lines for name, value in line.items() if name in ("loss", "eval_loss")]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert all(one != other for one, other in zip(losses["bf16"], losses["fp32"], strict=True))
+
+
+@pytest.mark.slow
 def test_four_bit_weights_are_the_same_after_an_evaluation(project: Callable[..., Path]) -> None:
     """On a CPU with AVX-512 BF16 bitsandbytes would rewrite them, losing digits and the way back for gradients."""
     import torch

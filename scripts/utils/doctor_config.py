@@ -58,7 +58,7 @@ def trackers(config: "Config") -> Iterator[Finding]:
 def precision(config: "Config", machine: Hardware) -> Iterator[Finding]:
     """What the run will compute in, and whether that is what was asked for."""
     try:
-        choice = hardware.choose_precision(config.train, machine)
+        choice = hardware.choose_precision(config, machine)
         optimizer = hardware.optimizer_name(config, machine)
     except MachineError as problem:
         yield from_problem("precision", "precision-refused", problem)
@@ -86,7 +86,7 @@ def plan(config: "Config", machine: Hardware) -> Iterator[Finding]:
             return
         folder = found
     with contextlib.suppress(MachineError):  # said by ``precision``
-        choice = hardware.choose_precision(config.train, machine)
+        choice = hardware.choose_precision(config, machine)
         made, why = planning.resolve(config, folder, machine, choice.actual, config.tuning.backend)[1:]
         if made is None:
             yield ok("plan", f"none: {why}")

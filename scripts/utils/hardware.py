@@ -13,7 +13,7 @@ from scripts.utils import files, ranks
 from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
-    from scripts.utils.schema import Config, TrainSection
+    from scripts.utils.schema import Config
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -165,12 +165,14 @@ def supported(precision: Precision, hardware: Hardware) -> tuple[bool, str]:
     return True, "bf16 runs on this CPU"
 
 
-def best_precision(hardware: Hardware) -> tuple[Precision, str]:
-    """The precision that ``auto`` means on this hardware, and why."""
+def best_precision(hardware: Hardware, mode: str = "lora") -> tuple[Precision, str]:
+    """The precision that ``auto`` means on this hardware for this tuning.mode, and why."""
     if hardware.device == "cpu":
-        # bf16 rounds each gradient by several per cent: on a CPU it is taken when somebody asks for it
+        if hardware.cpu_bf16_faster and mode == "full":
+            return "fp32", "exact, and beside fp32 weights bf16 gains little on a CPU"
+        # it rounds each gradient by several per cent; whole runs learn as well (docs/benchmarks.md, "bf16 beside fp32")
         if hardware.cpu_bf16_faster:
-            return "fp32", "exact; bf16 measured faster on this CPU: train.precision: bf16"
+            return "bf16", "measured faster than fp32 on this CPU; train.precision: fp32 is exact"
         return "fp32", "exact, and measured at least as fast as bf16 on this CPU"
     for precision in ("bf16", "fp16"):
         fits, reason = supported(precision, hardware)  # type: ignore[arg-type]
@@ -189,17 +191,18 @@ class PrecisionChoice:
     changed: bool
 
 
-def choose_precision(train: "TrainSection", hardware: Hardware, earlier: Precision | None = None) -> PrecisionChoice:
+def choose_precision(config: "Config", hardware: Hardware, earlier: Precision | None = None) -> PrecisionChoice:
     """Resolve train.precision, train.bf16 and train.fp16 against the hardware; auto stays with a run's ``earlier`` one.
 
     Raises ``MachineError`` with ``train.precision_strict`` when what was asked for cannot be had.
     """
+    train, mode = config.train, config.tuning.mode
     wanted = [name for name in ("bf16", "fp16") if getattr(train, name) or train.precision == name]
     if train.precision == "fp32":
         wanted.append("fp32")
     requested = " and ".join(wanted) or "auto"
     if not wanted:
-        actual, why = best_precision(hardware)
+        actual, why = best_precision(hardware, mode)
         if earlier and earlier != actual and supported(earlier, hardware)[0]:
             actual, why = earlier, "as this run began"
         return PrecisionChoice(requested, actual, why, changed=False)
@@ -218,7 +221,7 @@ def choose_precision(train: "TrainSection", hardware: Hardware, earlier: Precisi
         return PrecisionChoice(
             requested, actual, reasons or f"only one can be; {actual} needs no loss scaling", changed=True
         )
-    actual, why = best_precision(hardware)
+    actual, why = best_precision(hardware, mode)
     return PrecisionChoice(requested, actual, f"{reasons}; {why}", changed=True)
 
 

@@ -6,14 +6,29 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, fused_kernels, ranks, sharding, train_words
 from scripts.utils.encoding import Encoded
-from scripts.utils.loss import Exact, Loss, find_exact, fused_loss, plain_loss, summed_loss, tolerance, whole_loss
+from scripts.utils.loss import (
+    Exact,
+    Loss,
+    find_exact,
+    fused_loss,
+    mixed,
+    plain_loss,
+    summed_loss,
+    tolerance,
+    whole_loss,
+)
 
 if TYPE_CHECKING:
     from scripts.utils.schema import Config
 
 
-def choose_loss(config: "Config", model: Any, examples: Sequence[Encoded], fused: bool) -> tuple[Loss, Exact]:
-    """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model."""
+def choose_loss(
+    config: "Config", model: Any, examples: Sequence[Encoded], precision: str, fused: bool
+) -> tuple[Loss, Exact]:
+    """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model.
+
+    Full tuning compares them in fp32, as its weights are, and then computes in ``precision``.
+    """
     from scripts.utils.offload import computing_device
 
     loss: Loss = fused_loss if fused else summed_loss
@@ -41,4 +56,9 @@ def choose_loss(config: "Config", model: Any, examples: Sequence[Encoded], fused
     exact = replace(exact, packing=packing, segments=segments, shared=shared, lean=lean, kernel=kernel, fused=kernels)
     exact = sharding.allowed(config, exact)
     train_words.say_exact(exact, fused)
-    return loss if fused or exact.chunked else whole_loss, exact
+    if fused:
+        return loss, exact
+    chosen = loss if exact.chunked else whole_loss
+    if config.tuning.mode == "full":
+        chosen = mixed(chosen, computing_device(model).type, precision)
+    return chosen, exact

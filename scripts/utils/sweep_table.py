@@ -75,7 +75,7 @@ def _plan(run: Run, machine: hardware.Hardware, reasons: dict[str, str]) -> Plan
     if model in reasons:
         return None
     try:
-        precision = hardware.choose_precision(run.resolved.train, machine).actual
+        precision = hardware.choose_precision(run.resolved, machine).actual
     except SFTError as problem:
         reasons[run.name] = f"{run.name}: {problem.message.splitlines()[0]}"
         return None

@@ -106,9 +106,8 @@ def check_installed(report_to: Sequence[str]) -> None:
     """Raise ``MachineError`` for a tracker that was asked for and is not installed: known before the training, not after it."""
     for name in report_to:
         if find_spec(name) is None:
-            raise MachineError(
-                f"tracking.report_to: {name} is not installed", f"make install EXTRAS={name}, or take it out"
-            )
+            extra = "FORCE=1" if name == "tensorboard" else f"EXTRAS={name}"  # that one is in the base install
+            raise MachineError(f"tracking.report_to: {name} is not installed", f"make install {extra}, or take it out")
 
 
 def record_of(facts: Mapping[str, Any], config: Mapping[str, Any], project: str) -> Record:

@@ -238,13 +238,14 @@ def base_path(facts: dict[str, Any]) -> Path:
 
 
 def inference_precision(trained_in: str | None) -> "tuple[Hardware, Precision]":
-    """The precision that the run was trained in, where this machine has it; else the best it has."""
+    """The precision that the run was trained in, where this machine has it; else the best it has, on a CPU the exact one."""
     from scripts.utils import hardware
 
     machine = hardware.detect()
     if trained_in in ("bf16", "fp16", "fp32") and hardware.supported(trained_in, machine)[0]:  # type: ignore[arg-type]
         return machine, trained_in  # type: ignore[return-value]
-    return machine, hardware.best_precision(machine)[0]
+    # of a model without a run the answer must not hang on which others are asked for beside it
+    return machine, "fp32" if machine.device == "cpu" else hardware.best_precision(machine)[0]
 
 
 def _ready(

@@ -47,7 +47,7 @@ def device(config: "Config | None") -> None:
     precision = hardware.best_precision(machine)[0]
     if config:
         with contextlib.suppress(MachineError):  # said in a line of its own
-            precision = hardware.choose_precision(config.train, machine).actual
+            precision = hardware.choose_precision(config, machine).actual
     say(stage=f"running attention in {precision} on {machine.device}")
     attention(machine, precision, config.model.attention if config else "auto")
 

@@ -30,9 +30,10 @@ def _say(line: dict[str, Any]) -> None:
 def main(question: dict[str, Any]) -> None:
     config, model = Config(**question["config"]), Path(question["model"])
     machine = hardware.detect()
-    precision = hardware.choose_precision(
-        config.train.model_copy(update={"precision_strict": False}), machine
-    ).actual  # a strict refusal is for the run itself to make
+    lenient = config.train.model_copy(
+        update={"precision_strict": False}
+    )  # a strict refusal is for the run itself to make
+    precision = hardware.choose_precision(config.model_copy(update={"train": lenient}), machine).actual
     facts: dict[str, Any] = {"precision": precision}
     facts["xformers"] = xformers_state(config, model, machine, precision, question["xformers_off"])
     stage: Kind = "import"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scripts.utils.schema import Config
 
 Kind = Literal["absent", "accelerator", "import", "architecture", "step", "crash", "hang"]
-SECONDS = 300  # importing Unsloth takes 25 s on two slow cores, its first compilation on a GPU a minute more
+SECONDS = 300  # 25 s on two slow cores; 117 s on an H100, where the kernels are compiled first
 MARK = "sft-probe "  # begins the child's lines: Unsloth prints its own to the same place
 _TRUSTED_SECONDS = 3600
 _PACKAGES = (
@@ -62,7 +62,10 @@ def verdict(config: "Config", model: Path, *, fresh: bool = False, seconds: floa
     path = cache_folder() / f"{key(config, model)}.json"
     if not fresh and (known := _kept(path)):
         return known
-    console.note("train", "trying Unsloth on a tiny model of this architecture first (cached afterwards)")
+    console.note(
+        "train",
+        "trying Unsloth on a tiny model of this architecture first: up to two minutes, and kept for the next time",
+    )
     question = {"config": config.model_dump(), "model": str(model), "xformers_off": None}
     found, stage = _ask(question, seconds)
     about_xformers = stage == "xformers" or "memory_efficient_attention" in (found.reason or "")
