@@ -244,7 +244,8 @@ clean-all: ## remove all that the steps made, finished runs and adapters too; as
 	@$(ANY_PY) scripts/clean.py --all
 
 ##@ Variables (a value may hold any character)
-#: CONFIG   run config (configs/run_bnb.yaml)          RUN      name of the run (<config>-<data>)
+#: CONFIG   run config (configs/run_bnb.yaml; after training that of the run that RUN names)
+#: RUN      name of the run (<config>-<data>)
 #: SET      "section.key=value ..." over the config    MODEL    hub id, folder or embedded/smollm2-135m-instruct
 #: RAW      file, folder, "*.jsonl", hub:owner/name    STYLE    system message; it stays until CLEAR=1
 #: STYLE_MODE  replace, prepend, append or only-if-missing

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sft-eval --run try1 --full",
     ]
     parser = command.new_parser(
-        "eval", "Base against tuned on held-out rows.", examples, keys=["run", "raw", "split", "limit"]
+        "eval", "Base against tuned on held-out rows.", examples, keys=["run", "raw", "split", "limit"], of_run=True
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="only eval.quick_limit rows")

@@ -32,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         "make export-gguf RUN=try1 QUANT=q8_0",
         "make export-gguf RUN=try1 CONVERTER=~/llama.cpp/convert_hf_to_gguf.py",
     ]
-    parser = command.new_parser("export-gguf", "The run's model as one GGUF file.", examples, keys=["run", "raw"])
+    parser = command.new_parser(
+        "export-gguf", "The run's model as one GGUF file.", examples, keys=["run", "raw"], of_run=True
+    )
     quant = command.from_make("QUANT") or "f16"
     parser.add_argument("--quant", default=quant, metavar="KIND", help=f"{', '.join(gguf_export.KINDS)} (now {quant})")
     parser.add_argument(

@@ -26,7 +26,7 @@ NOTE = "sft-ollama.json"
 
 def build_parser() -> argparse.ArgumentParser:
     examples = ["make export-ollama RUN=try1", "make export-ollama RUN=try1 QUANT=q8_0"]
-    parser = command.new_parser("export-ollama", "A Modelfile for Ollama.", examples, keys=["run", "raw"])
+    parser = command.new_parser("export-ollama", "A Modelfile for Ollama.", examples, keys=["run", "raw"], of_run=True)
     parser.add_argument(
         "--quant",
         default=command.from_make("QUANT"),

@@ -33,7 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
         "make eval-harness RUN=try1 TASKS=arc_easy,hellaswag WHICH=base",
     ]
     parser = command.new_parser(
-        "harness", "A run's model on tasks of lm-evaluation-harness.", examples, keys=["run", "raw", "split", "limit"]
+        "harness",
+        "A run's model on tasks of lm-evaluation-harness.",
+        examples,
+        keys=["run", "raw", "split", "limit"],
+        of_run=True,
     )
     from_make = command.from_make
     parser.add_argument("--tasks", default=from_make("TASKS") or "", metavar="NAMES", help="tasks, commas between")

@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         "sft-infer --run try1 --prompt 'Where is my parcel?' --json-schema answer.schema.json",
         "sft-infer --model embedded/smollm2-135m-instruct --temperature 0.7",
     ]
-    parser = command.new_parser("infer", "Chat, one prompt, or a file of prompts.", examples, keys=["run", "raw"])
+    parser = command.new_parser(
+        "infer", "Chat, one prompt, or a file of prompts.", examples, keys=["run", "raw"], of_run=True
+    )
     parser.add_argument("--which", choices=["tuned", "base", "merged"], help="which model of the run (tuned)")
     parser.add_argument("--model", dest="plain_model", metavar="MODEL", help="a model without a run")
     parser.add_argument("--prompt", metavar="TEXT", help="ask once and print the answer; - reads stdin as one prompt")

@@ -27,7 +27,9 @@ NOTE = "sft-merge.json"
 
 def build_parser() -> argparse.ArgumentParser:
     examples = ["make merge RUN=try1", 'make merge RUN=try1 SET="merge.dtype=fp16"', "sft-merge --run try1 --force"]
-    parser = command.new_parser("merge", "Adapter and base as one model, proven.", examples, keys=["run", "raw"])
+    parser = command.new_parser(
+        "merge", "Adapter and base as one model, proven.", examples, keys=["run", "raw"], of_run=True
+    )
     parser.add_argument(
         "--if-adapter", action="store_true", help="end well where the run is fully tuned and there is nothing to merge"
     )

@@ -26,7 +26,7 @@ KINDS = ("adapter", "merged", "gguf")
 
 def build_parser() -> argparse.ArgumentParser:
     examples = ["make push RUN=try1 REPO=ada/try1 DRY_RUN=1", "make push RUN=try1 REPO=ada/try1 WHICH=merged"]
-    parser = command.new_parser("push", "A run's model to the hub.", examples, keys=["run", "raw"])
+    parser = command.new_parser("push", "A run's model to the hub.", examples, keys=["run", "raw"], of_run=True)
     parser.add_argument(
         "--repo", default=command.from_make("REPO"), help="owner/name on the hub, made where it is missing"
     )

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     examples = ["make report RUN=try1", "sft-report --run try1"]
     return command.new_parser(
-        "report", "Write a run's report as one HTML file, also of one that still runs.", examples, keys=["run", "raw"]
+        "report",
+        "Write a run's report as one HTML file, also of one that still runs.",
+        examples,
+        keys=["run", "raw"],
+        of_run=True,
     )
 
 

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "make serve RUN=try1 PORT=9000 WHICH=merged",
         "SERVE_API_KEY=… make serve RUN=try1 LISTEN=0.0.0.0",
     ]
-    parser = command.new_parser("serve", __doc__ or "", examples, keys=["run", "raw"])
+    parser = command.new_parser("serve", __doc__ or "", examples, keys=["run", "raw"], of_run=True)
     parser.add_argument("--which", choices=["tuned", "merged"], default="tuned", help="which model of the run (tuned)")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what serves it")
     parser.add_argument("--port", default=command.from_make("PORT"), help=f"port to listen on ({DEFAULT_PORT})")

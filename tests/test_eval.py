@@ -16,9 +16,10 @@ import pytest
 
 from scripts import eval as eval_step
 from scripts import process, render, train
-from scripts.utils import comparison, evaluation, files, metrics, stages, stamp
+from scripts.utils import comparison, evaluation, files, hparams, metrics, stages, stamp
 from scripts.utils.answer_cache import AnswerCache
 from scripts.utils.config import load_config
+from scripts.utils.schema import Config
 from tests.commands import ROOT, environment
 from tests.tiny_models import CHATS, RUN, enter_run
 
@@ -429,3 +430,20 @@ def test_an_adapter_of_another_base_is_refused(run: Path, capsys: pytest.Capture
 def test_an_unknown_split_is_the_users_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--split", "tset") == 2
     assert "eval.split" in capsys.readouterr().err
+
+
+def test_a_named_run_brings_its_own_settings_and_a_named_config_wins(run: Path) -> None:
+    """Else what a newcomer types after a first run would evaluate it by another config's settings, and take far longer."""
+    hparams.write_config(
+        stamp.run_folder(RUN), Config.model_validate({"eval": {"limit": 2, "max_new_tokens": 7}}).model_dump()
+    )
+
+    def settings(*words: str) -> tuple[int, int]:
+        assert eval_step.main(["--run", RUN, *words]) == 0
+        used = found()["settings"]
+        return used["rows"], used["max_new_tokens"]
+
+    assert settings() == (2, 7)
+    assert settings("--limit", "1") == (1, 7)
+    assert settings("--config", "c.yaml", "--limit", "1") == (1, 24)
+    assert eval_step.main(["--run", "../elsewhere"]) == 2

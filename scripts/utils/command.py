@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, environment, ranks
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Work = Callable[[argparse.Namespace, "Config"], int | None]
 
+_DEFAULT = "configs/run_bnb.yaml"
 # flags that stand for a config key, and the make variable (SFT_…) that hands the same value over
 _KEY_FLAGS = {
     "run": ("run.name", "SFT_RUN"),
@@ -44,9 +46,12 @@ def truthy(value: str | None) -> bool:
 
 
 def new_parser(
-    name: str, description: str, examples: Sequence[str], *, keys: Sequence[str] = ()
+    name: str, description: str, examples: Sequence[str], *, keys: Sequence[str] = (), of_run: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with --config, --set, and the config-key flags in ``keys``; ``examples`` end the help text."""
+    """A parser with --config, --set, and the config-key flags in ``keys``; ``examples`` end the help text.
+
+    ``of_run``: the step works on a run that is there, whose own config counts where no other is named.
+    """
     parser = argparse.ArgumentParser(
         prog=f"sft-{name}",
         description=description,
@@ -54,8 +59,10 @@ def new_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    default = from_make("CONFIG") or "configs/run_bnb.yaml"
-    parser.add_argument("--config", default=default, metavar="FILE", help=f"run config (now {default})")
+    given = from_make("CONFIG")
+    default = given if of_run else given or _DEFAULT
+    shown = given or (f"that of the run, else {_DEFAULT}" if of_run else _DEFAULT)
+    parser.add_argument("--config", default=default, metavar="FILE", help=f"run config (now {shown})")
     parser.add_argument(
         "--set", default=from_make("SET") or "", metavar="WORDS", help="overrides: 'section.key=value …'"
     )
@@ -95,9 +102,18 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
             if hasattr(arguments, flag):
                 given = getattr(arguments, flag)
                 flags[key] = given if given is not None else os.environ.get(variable) or None
-        return work(arguments, load_config(arguments.config, arguments.set, flags))
+        config = arguments.config or _own_config(flags.get("run.name")) or _DEFAULT
+        return work(arguments, load_config(config, arguments.set, flags))
 
     return guard(parser.prog, start)
+
+
+def _own_config(run: str | None) -> str | None:
+    """The file in which train wrote down the config of this run."""
+    if not run or Path(run).name != run:
+        return None
+    path = Path("outputs") / run / "config.yaml"
+    return str(path) if path.is_file() else None
 
 
 def guard(name: str, start: Callable[[], int | None]) -> int:
