@@ -74,6 +74,7 @@ def start(arguments: argparse.Namespace, config: "Config", words: Sequence[str])
         ranks.leave()
         return 0
     launching.check(wanted, config)
+    sharding.require_engine(config)
     rendered.require_current(config)
     return launching.run(wanted, Path(__file__), words)
 
