@@ -66,18 +66,24 @@ def zero_stage() -> int:
     return int(stage)
 
 
-def require_engine(config: "Config") -> None:
-    """Raise ``MachineError`` where what train.parallel asks for is not installed, ``UserError`` where its file is wrong."""
+def require_installed(config: "Config") -> None:
+    """Raise ``MachineError`` where train.parallel asks for what is not installed."""
     if config.train.parallel != "deepspeed":
         return
     try:
         metadata.version("deepspeed")  # its module is hidden (environment.py)
     except metadata.PackageNotFoundError:
         raise MachineError(
-            "train.parallel: deepspeed: DeepSpeed is not installed",
-            "run: make install EXTRAS=deepspeed; or train.parallel: fsdp, which needs nothing more",
+            "train.parallel asks for deepspeed, which is not installed",
+            'make install EXTRAS=deepspeed, or SET="train.parallel=fsdp", which needs nothing more',
         ) from None
-    zero_stage()
+
+
+def require_engine(config: "Config") -> None:
+    """As ``require_installed``; raises ``UserError`` too, where the engine's file in env/ asks for what is not done here."""
+    require_installed(config)
+    if config.train.parallel == "deepspeed":
+        zero_stage()
 
 
 def check(config: "Config", precision: str) -> None:
