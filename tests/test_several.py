@@ -63,6 +63,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    forget_notes(place)
+
+
+def forget_notes(place: Path) -> None:
     for path in place.glob("probe-*"):
         path.unlink()
 
@@ -133,6 +137,7 @@ def assert_only_the_first_wrote() -> None:
 def ddp(place: Path) -> Any:
     before = Path.cwd()
     os.chdir(place)
+    forget_notes(place)  # of a test before the first that wants this run
     try:
         done = train("ddp", "train.self_test=true")
         assert done.returncode == 0, done.stderr[-3000:]
