@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from scripts.utils import files, sweep_places, sweep_state
+from scripts.utils import files, growing, sweep_places, sweep_state
 from tests.commands import ROOT, environment, run, script
 from tests.test_batch import CONFIG, write_rows
 
@@ -294,11 +294,11 @@ def test_the_last_lines_of_a_log_are_what_was_last_to_be_seen(tmp_path: Path) ->
     size = log.stat().st_size
     with log.open("ab") as file:
         file.write(b"10 %\r50 %\r100 %\n\nerror: what is wrong\nhint: what helps\n\xff")
-    lines = sweep_state.tail(log, since=size)
+    lines = growing.tail(log, 5, since=size)
     assert lines == ["100 %", "error: what is wrong", "hint: what helps", "\ufffd"]
-    assert sweep_state.tail(log, since=size, most=2) == lines[-2:]
+    assert growing.tail(log, 2, since=size) == lines[-2:]
     assert sweep_state.error_in(lines) == "what is wrong"
-    assert sweep_state.tail(tmp_path / "none") == [] and sweep_state.error_in([]) == "it said nothing"
+    assert growing.tail(tmp_path / "none", 5) == [] and sweep_state.error_in([]) == "it said nothing"
 
 
 def test_clean_all_removes_what_sweeps_keep(folder: Path) -> None:

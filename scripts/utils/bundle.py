@@ -16,18 +16,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from scripts.utils import scrubbing
+from scripts.utils import growing, scrubbing
 from scripts.utils.files import REPO_ROOT
 
 CHECK_SECONDS = 300
 LOG_LINES, METRIC_LINES = 200, 100
-_TAIL_BYTES = 1 << 18
 # lines of logs that a step says of itself; what it shows of rows, answers and system messages has other beginnings
 _STEPS = "process render train model check install plan merge report selftest tensorboard batch sweep sft-[a-z-]+ quick_start"
 _TOLD = re.compile(
     rf"(?:(?:{'|'.join(_STEPS.split())}): |(?:error|warning|hint): |Traceback |  File \"|[\w.]*(?:Error|Exception|Interrupt)\b)"
 )
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[^\r\n]*\r(?!\n)")
 _VARIABLES = re.compile(
     r"^(SFT_|HF_|CUDA_|NVIDIA_|NCCL_|TORCH|PYTORCH_|TOKENIZERS_|TRANSFORMERS_|BNB_|UNSLOTH_|WANDB_|TRACKIO_|OMP_|MKL_|"
     r"ACCELERATE_|XDG_CACHE_HOME$|LD_LIBRARY_PATH$|LD_PRELOAD$|VIRTUAL_ENV$|CONDA_|PYTHON|TMPDIR$|LANG$|LC_ALL$|DO_NOT_TRACK$)"
@@ -56,7 +54,9 @@ def collect(run: str, check: Sequence[str], config: Callable[[], str]) -> dict[s
         "stamp.json": lambda: _stamp(stamp, run),
         "config.yaml": lambda: _config(folder, config),
         "log.txt": lambda: logs(folder),
-        "metrics.jsonl": lambda: "".join(tail(folder / "metrics.jsonl", METRIC_LINES)) if folder else "no run\n",
+        "metrics.jsonl": lambda: (
+            lines_of(growing.tail(folder / "metrics.jsonl", METRIC_LINES)) if folder else "no run\n"
+        ),
         "packages.txt": packages,
         "nvidia-smi.txt": nvidia_smi,
         "machine.json": machine,
@@ -140,22 +140,14 @@ def logs(folder: Path | None) -> str:
     found += sorted(Path(".cache/quick_start").glob("*.log"))
     parts = []
     for path in found:
-        told = [line for line in tail(path, 20 * LOG_LINES) if _TOLD.match(line)][-LOG_LINES:]
+        told = [line for line in growing.tail(path, 20 * LOG_LINES) if _TOLD.match(line)][-LOG_LINES:]
         if told:
-            parts.append(f"--- {path}\n{''.join(told)}")
+            parts.append(f"--- {path}\n{lines_of(told)}")
     return "\n".join(parts) or "no log here: a step's own words go to the terminal; please copy them into the report\n"
 
 
-def tail(path: Path, count: int) -> list[str]:
-    """The last ``count`` lines of a text file, without colours; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
-        whole = file.tell() == 0
-        text = file.read().decode("utf-8", errors="replace")
-    lines = _COLOUR.sub("", text).splitlines(keepends=True)
-    return (lines if whole else lines[1:])[-count:]
+def lines_of(texts: Sequence[str]) -> str:
+    return "".join(f"{text}\n" for text in texts)
 
 
 def packages() -> str:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.utils import files, hparams, metrics, stamp
+from scripts.utils import files, growing, hparams, metrics, stamp
 from scripts.utils.errors import RefusedError, SFTError, UserError
 
 Points = list[tuple[int, float]]
@@ -125,17 +125,7 @@ def _number(value: object) -> bool:
 
 
 def _logged(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; the run may be writing the last one now, so only a damaged one before it is worth a word."""
-    if not path.is_file():
-        return []
-    found, lines, damaged = [], path.read_bytes().splitlines(), 0
-    for number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text)
-            line["step"] = int(line["step"])
-            found.append(line)
-        except (ValueError, KeyError, TypeError):
-            damaged += number < len(lines)
+    found, damaged = growing.entries(path)
     if damaged:
         warnings.append(f"{path}: {damaged:,} damaged lines were passed over")
     return found

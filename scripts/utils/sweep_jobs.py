@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.utils import console, files, lifetime, stamp, sweep_places, sweep_state
+from scripts.utils import console, files, growing, lifetime, stamp, sweep_places, sweep_state
 from scripts.utils.config import to_yaml
 from scripts.utils.errors import MachineError, SFTError
 from scripts.utils.sweep_plan import DATA_STEPS, Run
@@ -192,7 +192,7 @@ class Crew:
             given_up = job.entry.state == "pruned"
             asked = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
             state = "pruned" if given_up else "stopped" if asked else "failed"
-            self.end(job, state, code, sweep_state.tail(job.run.log, since=job.log_size, most=40))
+            self.end(job, state, code, growing.tail(job.run.log, 40, since=job.log_size))
             return
         if job.entry.state == "pruned":  # it ended well before it could be stopped
             job.entry.state = "running"
@@ -236,7 +236,7 @@ class Crew:
         self.last_beat = time.monotonic()
         for job in self.jobs:
             job.spend()
-            last = sweep_state.tail(job.run.log, since=job.log_size, most=1)
+            last = growing.tail(job.run.log, 1, since=job.log_size)
             console.note("sweep", f"{job.run.name}: {last[0] if last else job.step}")
         self.sweep.save()
 

@@ -3,10 +3,10 @@
 Nothing is kept beside those files: a sweep that is started again reads them anew.
 """
 
-import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from scripts.utils import growing
 from scripts.utils.errors import MachineError
 from scripts.utils.sweep_plan import Run
 
@@ -77,14 +77,6 @@ class Watch:
 
 
 def losses(run: Run) -> dict[int, float]:
-    """Step → validation loss of a run, as far as it has come; a line that is being written is passed over."""
-    path = run.folder / "metrics.jsonl"
-    found: dict[int, float] = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            entry: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if "eval_loss" in entry:
-            found[int(entry["step"])] = float(entry["eval_loss"])
-    return found
+    """Step → validation loss of a run, as far as it has come."""
+    found, _ = growing.entries(run.folder / "metrics.jsonl")
+    return {entry["step"]: float(entry["eval_loss"]) for entry in found if "eval_loss" in entry}

@@ -120,17 +120,6 @@ def is_done(run: Run) -> bool:
     return there and finished and stamp.adapter_folder(run.name).is_dir()
 
 
-def tail(log: Path, *, since: int = 0, most: int = 5) -> list[str]:
-    """The last lines of a log after the byte ``since``; of a line that was drawn again and again the last state."""
-    if not log.is_file():
-        return []
-    with log.open("rb") as file:
-        file.seek(max(since, log.stat().st_size - 16_384))
-        text = file.read().decode("utf-8", errors="replace")
-    lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    return [line for line in lines if line][-most:]
-
-
 def error_in(lines: Sequence[str]) -> str:
     """The line that says what was wrong, among the last ones of a log."""
     errors = [line for line in lines if line.startswith("error:")] or list(lines)
