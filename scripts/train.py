@@ -211,7 +211,7 @@ def train(
         "optimizer": hardware.optimizer_name(config, machine),
         "plan": plan.facts() if plan else None,
         "hardware": asdict(machine),
-        "versions": stamp.library_versions(),
+        "versions": stamp.library_versions(*sharding.packages(config)),
         "git": stamp.git_state(files.REPO_ROOT),
         "model": {
             "name": config.model.name,

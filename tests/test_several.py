@@ -190,6 +190,7 @@ def test_shards_learn_what_one_process_learns(engine: str) -> None:
     assert_only_the_first_wrote()
     assert_learnt_the_same(engine)
     assert stamp.require(engine)["parallel"]["engine"] == engine
+    assert ("deepspeed" in stamp.require(engine)["versions"]) == (engine == "deepspeed")
     assert all(line["sharded"] for line in noted())
     assert said.count(f"step {STEPS}/{STEPS}  loss") == 1
     for noise in ("Warning", "torch.distributed", "DeepSpeed", "[rank", "[INFO]"):

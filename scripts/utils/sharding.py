@@ -9,7 +9,6 @@ import types
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, files, ranks
@@ -29,6 +28,11 @@ _ZERO = {"gradient_accumulation_steps": 1, "offload_optimizer_device": "none", "
 def engine(config: "Config") -> str:
     """How this run's ranks work together: none (there is one), ddp, fsdp or deepspeed."""
     return config.train.parallel if ranks.world_size() > 1 else "none"
+
+
+def packages(config: "Config") -> list[str]:
+    """What this run's engine is, where it is a package of its own."""
+    return ["deepspeed"] if engine(config) == "deepspeed" else []
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -263,7 +267,3 @@ def optimizer_as_in(state: dict[str, Any], optimizer: "torch.optim.Optimizer") -
         for number, entry in state["state"].items()
     }
     return {**state, "state": cut}
-
-
-def accelerate_configs() -> list[Path]:
-    return sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "skypilot")

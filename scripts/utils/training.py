@@ -99,16 +99,15 @@ class SFTTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         made = super().create_optimizer(model)
-        if sharding.engine(self.config) == "deepspeed" and self.zero is None:
+        if sharding.engine(self.config) == "deepspeed":
             from scripts.utils.zero import ZeroOptimizer
 
-            device = self.args.device.type
-            self.zero = self.optimizer = made = ZeroOptimizer(
-                made, self._loss_of_row, stage=sharding.zero_stage(), clip=self.args.max_grad_norm, device=device
-            )
+            how = {"stage": sharding.zero_stage(), "clip": self.args.max_grad_norm, "device": self.args.device.type}
+            made = self.zero = self.optimizer = ZeroOptimizer(made, self._loss_of_row, **how)
         return made
 
     def _wrap_model(self, model: Any, *args: Any, **options: Any) -> Any:
+        # what is wrapped already, Accelerate does not give to DDP
         return self.zero.engine if self.zero else super()._wrap_model(model, *args, **options)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -125,7 +124,7 @@ class SFTTrainer(Trainer):
         while True:
             try:
                 with by_segment(model, self.exact.segments, self.exact.kernel), lean(model, self.exact.lean):
-                    total, tokens = self._accumulate(model, inputs)
+                    total, tokens = self._accumulate(inputs)
                 break
             except Exception as error:
                 if not is_out_of_memory(error) or self.sharded:  # shards: the others have gone on with this pass
@@ -139,12 +138,9 @@ class SFTTrainer(Trainer):
                 torch.cuda.empty_cache()
         self._count(tokens)
         self.run_state.steps_since += 1
-        # the scaler of fp16 expects gradients that overflow now and then, and passes over them itself
         if ranks.world_size() > 1 and not self.sharded:
             sharding.reduce_gradients(self.model_wrapped)
-        gradients = [] if self.args.fp16 else [p.grad for p in self.model.parameters() if p.grad is not None]
-        gradients = self.zero.gradients() if self.zero else gradients
-        finite = all_finite([total, *map(sharding.local, gradients)])  # the step's one wait for the device
+        finite = all_finite([total, *self._gradients()])  # the step's one wait for the device
         if ranks.world_size() > 1:
             total, finite = self._agree(total, finite)
         reason = None
@@ -156,7 +152,7 @@ class SFTTrainer(Trainer):
             return total
         return self._pass_over(reason)
 
-    def _accumulate(self, model: Any, inputs: Step) -> tuple[torch.Tensor, int]:
+    def _accumulate(self, inputs: Step) -> tuple[torch.Tensor, int]:
         """Gradients and loss of this rank's share, over the trained tokens of the whole step; and the step's tokens."""
         count = sum(self.examples[i].trained_tokens for row in inputs for i in row)
         total = torch.zeros((), device=self.args.device)
@@ -170,6 +166,14 @@ class SFTTrainer(Trainer):
             # each engine takes the mean over the ranks; wanted is the sum
             (self.zero or self.accelerator).backward(loss * ranks.world_size())
         return total, sum(len(self.examples[i].ids) for row in inputs for i in row)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Those that must be finite, this rank's part of them where they are in parts."""
+        if self.zero:
+            return self.zero.gradients()
+        if self.args.fp16:
+            return []  # its scaler expects that they overflow now and then, and passes over them itself
+        return [sharding.local(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def _loss_of_row(self, row: Row) -> torch.Tensor:
         with self.compute_loss_context_manager(), activations_on_host(self.model, self._offloads):
