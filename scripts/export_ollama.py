@@ -55,7 +55,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         stops=[
             text for number in whole.stop_ids if '"' not in (text := whole.tokenizer.decode([number])) and text.strip()
         ],
-        system=(whole.facts.get("style") or {}).get("text"),
+        system=stamp.system_of(whole.facts),
     )
     comments = [
         f"run {run}: {whole.facts['model']['name']}, tuned with SFT-Play",

@@ -65,7 +65,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     check_known(names, tasks.all_tasks)
     trained = load_trained(run, which=arguments.which)
     console.note("harness", f"run {run}, {trained.kind}; {trained.precision} on {trained.device}")
-    system = (facts.get("style") or {}).get("text")
+    system = stamp.system_of(facts)
     model = harness_model.wrap(trained, config.eval.batch_size)
     for name in names:
         spec, chat = specs.get(name) or {}, not arguments.plain and name != harness_tasks.OWN_ROWS

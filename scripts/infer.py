@@ -139,11 +139,11 @@ def load(arguments: argparse.Namespace, run: str, stop: Sequence[str]) -> Traine
 
 
 def choose_system(arguments: argparse.Namespace, trained: Trained) -> str | None:
-    """--system, else the style's text that the run was trained with; said aloud either way."""
+    """--system, else the one that the run was trained with; said aloud either way."""
     if arguments.system is not None:
         console.note("infer", "system message: as given" if arguments.system else "no system message")
         return arguments.system or None
-    text = (trained.stamp.get("style") or {}).get("text")
+    text = stamp.system_of(trained.stamp)
     if text:
         console.note("infer", f"system message, as in training: {console_line(text)}")
     return text

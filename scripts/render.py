@@ -72,6 +72,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
             splits=count.splits,
             tokens=count.tokens,
             template={"source": template.source, "sha256": template.hash},
+            system=count.shared_system(),
         )
     _summary(want.folder, count)
 
@@ -89,6 +90,7 @@ class Count:
     examples: dict[str, str] = field(default_factory=dict)  # "any", "too long", "other"
     lossy: int = 0
     lossy_place: str = ""
+    systems: set[str] = field(default_factory=set)  # of the train rows; two are as good as many
 
     def add(self, split: str, outcome: rendering.Outcome) -> None:
         self.rows_in += 1
@@ -99,6 +101,8 @@ class Count:
                 self.examples.setdefault(kind, f"{outcome.place}: {outcome.reason}")
             return
         self.splits[split] += len(outcome.lines)
+        if split == "train" and len(self.systems) < 2:
+            self.systems.add(outcome.system)
         if outcome.how:
             self.shortened[outcome.how] += 1
             self.shortened["parts"] += len(outcome.lines) if outcome.how == "split" else 0
@@ -109,6 +113,10 @@ class Count:
             self.tokens["total"] += every
             self.tokens["trained"] += trained
             self.tokens["longest"] = max(self.tokens["longest"], every)
+
+    def shared_system(self) -> str | None:
+        """The system message that every train row has: what the model is to be asked with, too."""
+        return next(iter(self.systems)) or None if len(self.systems) == 1 else None
 
 
 def render_all(

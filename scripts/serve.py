@@ -11,6 +11,7 @@ import importlib.util
 import ipaddress
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, lifetime, servers, stamp
+from scripts.utils import command, console, files, lifetime, prompts, servers, stamp
 from scripts.utils.config import run_name
 from scripts.utils.engine_child import KEY, Question
 from scripts.utils.errors import MachineError, RefusedError, UserError
@@ -167,14 +168,24 @@ def check_key(question: Question) -> None:
 def announce(question: Question) -> None:
     address = f"http://{question.host}:{question.port}/v1"
     key = os.environ.get(KEY)
-    body = json.dumps({"model": question.run, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0})
+    system = stamp.system_of(stamp.require(question.run))
+    messages = prompts.with_system([{"role": "user", "content": "Hello"}], system)
+    body = json.dumps({"model": question.run, "messages": messages, "temperature": 0}, ensure_ascii=False)
     bearer = f' -H "Authorization: Bearer ${KEY}"' if key else ""
     console.facts(
         f"run {question.run} answers at {address}",
         [
             ("model", question.run),
             ("key", f"{KEY}, asked for" if key else f"none: only this machine can reach it ({question.host})"),
-            ("try", f"curl {address}/chat/completions -H 'Content-Type: application/json'{bearer} -d '{body}'"),
+            *(
+                [("system", "the engine adds none: send the one of training as the first message, as below")]
+                if system
+                else []
+            ),
+            (
+                "try",
+                f"curl {address}/chat/completions -H 'Content-Type: application/json'{bearer} -d {shlex.quote(body)}",
+            ),
             ("end", "Ctrl-C"),
         ],
     )

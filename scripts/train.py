@@ -234,6 +234,7 @@ def train(
             "stage": want.source.manifest["step"],
         },
         "style": manifest["settings"]["style"],
+        "system": manifest.get("system"),
         "seed": config.train.seed,
         "config_hash": files.sha256_json(config.model_dump()),
         "identity": identity,

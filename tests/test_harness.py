@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scripts import harness
+from scripts import harness, merge
 from scripts.utils import files, harness_tasks
 from tests.commands import ROOT
 from tests.commands import run as run_command
@@ -63,6 +63,12 @@ def test_a_fully_tuned_model_is_taken_too(tmp_path: Path, monkeypatch: pytest.Mo
     enter_run(tmp_path, monkeypatch, mode="full")
     assert ask("--tasks", "own_rows") == 0
     assert value("own_rows", "exact_match,none") == 1.0
+
+
+def test_the_merged_model_is_taken_too(run: Path) -> None:
+    assert merge.main(["--config", "c.yaml"]) == 0
+    assert ask("--tasks", "own_rows", "--which", "merged") == 0
+    assert value("own_rows", "exact_match,none", "merged") == 1.0
 
 
 def test_own_rows_takes_a_file_of_chats_and_the_system_message_of_training(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import infer
-from scripts.utils import encoding, files, prompts, stages, trained
+from scripts.utils import encoding, files, prompts, stages, stamp, trained
 from scripts.utils.errors import UserError
 from tests.tiny_models import CHATS, RUN, SYSTEM, enter_run
 
@@ -154,6 +154,17 @@ def test_the_system_message_of_training_is_used_and_said(
     assert f"as in training: {SYSTEM}" in captured.err
     assert ask("--system", "", "--prompt", QUESTION) == 0
     assert "no system message" in capsys.readouterr().err
+
+
+def test_the_system_message_of_all_rows_is_used_before_the_styles(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = stamp.require(RUN)
+    stamp.write(RUN, {**facts, "system": "Of every row.", "style": {"text": "Of the style.", "mode": "append"}})
+    assert ask("--prompt", QUESTION) == 0
+    assert "as in training: Of every row." in capsys.readouterr().err
+    assert stamp.system_of({"system": None, "style": {"text": "Of the style."}}) == "Of the style."
+    assert stamp.system_of({"style": None}) is None
 
 
 def test_inference_sends_the_ids_that_training_saw(

@@ -52,6 +52,37 @@ def test_render_takes_the_styled_rows_once_they_are_there_and_says_so(
     assert all("Answer like a pirate: $HOME 'yes' \"no\" `x`<|im_end|>" in row["text"] for row in rows())
 
 
+def test_the_system_message_that_all_train_rows_have_is_known_from_then_on(project: Callable[..., Path]) -> None:
+    """So that the model is asked as it was trained, also where the rows brought it along and no style did."""
+    project()
+
+    def known(*systems: str) -> str | None:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        lines = [
+            {
+                "messages": [
+                    *([{"role": "system", "content": system}] if system else []),
+                    {**turns[0], "content": str(n)},
+                    turns[1],
+                ]
+            }
+            for n, system in enumerate(systems * 12)
+        ]
+        files.write_jsonl(Path("data/raw/sums.jsonl"), lines)
+        step(process)
+        step(render)
+        manifest = stages.read_manifest(Path("data/rendered/sums"))
+        assert manifest is not None
+        return manifest["system"]
+
+    assert known("Be brief.") == "Be brief."
+    assert known("Be brief.", "Be long.") is None and known("Be brief.", "") is None and known("") is None
+    step(style, "--style", "And kind.", "--style-mode", "append")
+    step(render)
+    manifest = stages.read_manifest(Path("data/rendered/sums"))
+    assert manifest is not None and manifest["system"] == "And kind.", "the style's, where rows have none"
+
+
 def test_render_is_up_to_date_until_an_input_or_setting_changes(
     project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,9 @@ def survivors(parts: dict[str, str], secrets: dict[str, str]) -> list[tuple[str,
     ]
 
 
+SHARED = "You answer for Example Industries."
+
+
 def make_run(folder: Path, name: str = "try1") -> Path:
     """A run's folder with secrets wherever a careless tool or person may leave one."""
     where = folder / "outputs" / name
@@ -53,7 +56,7 @@ def make_run(folder: Path, name: str = "try1") -> Path:
     stamp = {
         "run": name, "status": "unfinished", "backend": {"requested": "unsloth", "actual": "bitsandbytes", "fallback_reason": f"login {OWN} failed"},
         "model": {"name": f"https://bob:{PASSWORD}@hub.example/m", "revision": "ab" * 20, "path_hash": "cd" * 32}, "git": {"commit": "ef" * 20, "dirty": True},
-        "style": {"text": STYLE, "mode": "replace"}, "starts": [{"at": "2026-01-01T00:00:00Z", "ended": f"failed: {HUB} in /home/alice/data"}],
+        "style": {"text": STYLE, "mode": "replace"}, "system": SHARED, "starts": [{"at": "2026-01-01T00:00:00Z", "ended": f"failed: {HUB} in /home/alice/data"}],
     }  # fmt: skip
     (where / "backend.json").write_text(json.dumps(stamp))
     from scripts.utils.config import to_yaml
@@ -115,7 +118,14 @@ def test_a_bundle_holds_what_a_report_needs_and_no_secret_and_no_row(tmp_path):
     assert set(parts) == FILES
     assert (
         survivors(
-            parts, {**PLANTED, "row": ROW, "style": STYLE.splitlines()[0], "style, line 2": STYLE.splitlines()[1]}
+            parts,
+            {
+                **PLANTED,
+                "row": ROW,
+                "style": STYLE.splitlines()[0],
+                "style, line 2": STYLE.splitlines()[1],
+                "system": SHARED,
+            },
         )
         == []
     )

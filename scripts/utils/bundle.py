@@ -73,14 +73,10 @@ def collect(run: str, check: Sequence[str], config: Callable[[], str]) -> dict[s
 
 
 def written(value: Any) -> list[str]:
-    """The system message in a stamp, or a text itself, and its lines: words of the user's, as secret as a row."""
-    if isinstance(value, dict):
-        value = (value.get("style") or {}).get("text")
-    if not isinstance(value, str):
-        return []
-    return sorted(
-        {part.strip() for part in (value, *value.splitlines()) if len(part.strip()) >= 6}, key=len, reverse=True
-    )
+    """The system messages in a stamp, or a text itself, and its lines: words of the user's, as secret as a row."""
+    texts = [value.get("system"), (value.get("style") or {}).get("text")] if isinstance(value, dict) else [value]
+    parts = {part.strip() for text in texts if isinstance(text, str) for part in (text, *text.splitlines())}
+    return sorted((part for part in parts if len(part) >= 6), key=len, reverse=True)
 
 
 def run_check(arguments: Sequence[str]) -> str:
@@ -104,6 +100,8 @@ def _without_words(value: Any) -> Any:
         value = {k: _without_words(v) for k, v in value.items()}
         if isinstance(value.get("style"), dict):
             value["style"] = {**value["style"], "text": "(left out)"}
+        if isinstance(value.get("system"), str):
+            value["system"] = "(left out)"
         return {k: v[:12] if k in _COMMITS and isinstance(v, str) else v for k, v in value.items()}
     return [_without_words(inner) for inner in value] if isinstance(value, list) else value
 

@@ -157,7 +157,7 @@ def _training(facts: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, 
         found.insert(-1, ("backend", facts["backend"]["actual"]))
     if recipe := result.get("recipe"):
         found.insert(-2, ("settings", recipe))
-    if text := (facts.get("style") or {}).get("text"):
+    if text := stamp.system_of(facts):
         found.append(("system message", json.dumps(text, ensure_ascii=False)))
     return found
 

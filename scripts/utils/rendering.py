@@ -19,7 +19,8 @@ Lines = tuple[int, list[bytes]]  # the number of the first line, and the lines
 class Outcome:
     """What became of one row: finished ``lines`` with their (all, trained) ``tokens``, or the line and reason of a rejected one.
 
-    ``how`` is cut, split or nothing; ``lossy``: the vocabulary cannot spell its text. ``place`` is file:line.
+    ``how`` is cut, split or nothing; ``lossy``: the vocabulary cannot spell its text. ``place`` is file:line; ``system`` the
+    row's system message.
     """
 
     place: str
@@ -27,6 +28,7 @@ class Outcome:
     tokens: tuple[tuple[int, int], ...] = ()
     how: str = ""
     lossy: bool = False
+    system: str = ""
     rejected: bytes = b""
     reason: str = ""
     too_long: bool = False
@@ -60,7 +62,12 @@ def _outcome(
         return Outcome(place, rejected=files.json_line({**why, **row}), reason=problem.message, too_long=too_long)
     exact = [part.pop("exact") for part in made]
     tokens = tuple((part["tokens"], part["trained_tokens"]) for part in made)
-    return Outcome(place, tuple(map(files.json_line, made)), tokens, how, not all(exact))
+    return Outcome(place, tuple(map(files.json_line, made)), tokens, how, not all(exact), _system(row))
+
+
+def _system(row: dict[str, Any]) -> str:
+    first = row.get("messages", [{}])[0]
+    return str(first["content"]) if first.get("role") == "system" else ""
 
 
 def render_row(

@@ -59,7 +59,7 @@ def _model(stamp: Mapping[str, Any]) -> Facts:
 
 def _data(stamp: Mapping[str, Any]) -> Facts:
     data, tokens, style = stamp["data"], stamp["data"].get("tokens") or {}, stamp.get("style") or {}
-    render = stamp["render"]
+    render, system = stamp["render"], stamp.get("system") or ""
     rows = ", ".join(f"{count:,} {split}" for split, count in (data.get("splits") or {}).items())
     counted = f"{tokens['total']:,}, of which {tokens['trained']:,} carry loss" if "trained" in tokens else ""
     return [
@@ -70,6 +70,7 @@ def _data(stamp: Mapping[str, Any]) -> Facts:
         ("chat template", f"{render.get('template', '')}{_bracket(_hash(render.get('template_hash')))}"),
         ("rows up to", f"{render['max_length']:,} tokens"),
         ("style", f"{style['text']}{_bracket(style.get('mode'))}" if style.get("text") else ""),
+        ("system message of every row", system if system != style.get("text") else ""),
     ]
 
 

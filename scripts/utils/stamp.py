@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ def git_state(root: Path) -> dict[str, Any]:
 def now() -> str:
     """The time as UTC in ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def system_of(facts: Mapping[str, Any]) -> str | None:
+    """The system message that a run was trained with: the one of all its rows, else the style's text."""
+    return facts.get("system") or (facts.get("style") or {}).get("text")
 
 
 def begin(run: str, facts: dict[str, Any], *, from_step: int) -> dict[str, Any]:

@@ -97,6 +97,21 @@ def test_it_ends_with_the_table_where_all_lies_and_what_to_type_next(clone, firs
 
 
 @pytest.mark.slow
+def test_asked_as_its_end_suggests_it_does_what_it_was_trained_for(clone, active, first):
+    """The rows brought their system message along; nobody who asks has to know it."""
+    variables = environment(
+        VIRTUAL_ENV=str(active), SFT_MODEL_CACHE=str(ROOT / ".cache" / "models"), PROMPT="Please cancel order 6182."
+    )
+    done = subprocess.run(
+        ["make", "infer", "RUN=quickstart-sample"], cwd=clone, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "system message, as in training: Extract intent" in done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["intent"], answer["order"]) == ("cancel", "6182")
+
+
+@pytest.mark.slow
 def test_it_leaves_nothing_that_git_would_see(clone, first):
     status = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True)
     assert [line for line in status.stdout.splitlines() if not line.startswith("A ")] == []
