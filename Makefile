@@ -85,7 +85,7 @@ help: ## list the targets (make alone does too)
 
 ##@ Set up
 .PHONY: install ready setup-dirs quickstart sample-data download-model check support-bundle
-install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,sweep,wandb,trackio TORCH=auto|cpu|cuda PYTHON= FORCE=1
+install: ## install into .venv, or into the active environment   EXTRAS=dev,unsloth,data,json,serve,liger,gguf,harness,bench,sweep,deepspeed,wandb,trackio TORCH=auto|cpu|cuda PYTHON= FORCE=1
 	@env/install.sh
 
 ready:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the project and what it needs: with uv if present, else with pip; into the active environment, else .venv.
 #
-#   SFT_EXTRAS   dev, unsloth, data, json, serve, liger, gguf, harness, bench, sweep, wandb, trackio (commas or spaces between); what was asked for before stays
+#   SFT_EXTRAS   dev, unsloth, data, json, serve, liger, gguf, harness, bench, sweep, deepspeed, wandb, trackio (commas or spaces between); what was asked for before stays
 #   SFT_TORCH    auto (default): the CPU-only build where there is no NVIDIA GPU and it can be had; cpu: only that build;
 #                cuda: the build with CUDA, card or not (an image that is built on another machine)
 #   SFT_FORCE    1: take every package anew (a damaged one, or one that was removed or changed by hand)
@@ -89,8 +89,8 @@ sorted_words() { printf '%s\n' "$*" | tr -s ', ' '\n' | sed '/^$/d' | sort -u; }
 wanted=$(sorted_words "${SFT_EXTRAS:-}")
 for extra in $wanted; do
     case "$extra" in
-        dev | unsloth | data | json | serve | liger | gguf | harness | bench | sweep | wandb | trackio) ;;
-        *) fail 2 "EXTRAS: unknown extra $extra" "known are dev, unsloth, data, json, serve, liger, gguf, harness, bench, sweep, wandb and trackio" ;;
+        dev | unsloth | data | json | serve | liger | gguf | harness | bench | sweep | deepspeed | wandb | trackio) ;;
+        *) fail 2 "EXTRAS: unknown extra $extra" "known are dev, unsloth, data, json, serve, liger, gguf, harness, bench, sweep, deepspeed, wandb and trackio" ;;
     esac
 done
 
@@ -163,7 +163,8 @@ if [ "$torch" = cpu ] || { [ "$(uname -s)" = Linux ] && ! for_gpu; }; then
 fi
 
 # wheels only, so that no compiler is needed; these are plain Python and published as source
-options=(-c env/constraints.txt --only-binary :all: --no-binary rouge-score --no-binary sqlitedict --no-binary word2number)
+options=(-c env/constraints.txt --only-binary :all: --no-binary rouge-score --no-binary sqlitedict --no-binary word2number --no-binary deepspeed)
+export DS_BUILD_OPS=0 # DeepSpeed can compile kernels of its own; none is used here
 project_extras=$extras
 case " $extras" in
     *" unsloth "*)

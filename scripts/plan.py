@@ -79,6 +79,8 @@ def facts(plan: Plan, precision: hardware.PrecisionChoice) -> list[tuple[str, ob
     processes = plan.run.processes
     if processes > 1:
         engine = "FSDP: each holds a part of the model" if plan.run.sharded else "DDP: each holds the whole model"
+        if config.train.parallel == "deepspeed":
+            engine = "ZeRO: each holds the whole model; counted as DDP, which takes more"
         lines.append(("processes", f"{processes}; the memory above is that of one. {engine}"))
     if plan.memory.host:
         each = f", for each of the {processes} processes" if processes > 1 else ""

@@ -74,6 +74,7 @@ def start(arguments: argparse.Namespace, config: "Config", words: Sequence[str])
         ranks.leave()
         return 0
     launching.check(wanted, config)
+    sharding.require_engine(config)
     rendered.require_current(config)
     return launching.run(wanted, Path(__file__), words)
 
@@ -210,7 +211,7 @@ def train(
         "optimizer": hardware.optimizer_name(config, machine),
         "plan": plan.facts() if plan else None,
         "hardware": asdict(machine),
-        "versions": stamp.library_versions(),
+        "versions": stamp.library_versions(*sharding.packages(config)),
         "git": stamp.git_state(files.REPO_ROOT),
         "model": {
             "name": config.model.name,

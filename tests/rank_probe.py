@@ -4,7 +4,8 @@ test wants it.
     SFT_NPROC=2 python tests/rank_probe.py --config tiny.yaml
 
 ``PROBE_KILL=rank:step:signal`` sends that rank the signal in the middle of that step, once; ``PROBE_FAULT=rank:step:nan`` (or
-``memory``) gives it a loss that is no number there, or takes its memory away for a moment.
+``memory``) gives it a loss that is no number there, or takes its memory away for a moment. ``PROBE_ENGINES`` names a folder
+with the engines' files in the place of env/.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts import train
-from scripts.utils import command, launching, ranks
+from scripts.utils import command, launching, ranks, sharding
 
 
 def note_rows() -> None:
@@ -88,6 +89,7 @@ if __name__ == "__main__":
         raise SystemExit(command.guard("probe", lambda: launching.run(wanted, Path(__file__), sys.argv[1:])))
 
     def start(arguments, config):
+        sharding.CONFIGS = Path(os.environ.get("PROBE_ENGINES") or sharding.CONFIGS)
         note_rows()
         note_writes()
         train.work(arguments, config)

@@ -60,7 +60,7 @@ def test_where_nothing_is_wrong_nothing_is_found(folder):
 
 @pytest.mark.slow
 def test_faults_of_packages_limits_and_config_are_each_found_with_their_mend(folder, planted, tmp_path):
-    planted.without("bitsandbytes", "wandb", "unsloth")
+    planted.without("bitsandbytes", "wandb", "unsloth", "deepspeed")
     planted.as_version("peft", "0.10.0")
     planted.asked_for("data wandb")
     token = tmp_path / "token"
@@ -70,7 +70,7 @@ def test_faults_of_packages_limits_and_config_are_each_found_with_their_mend(fol
     write_rows(folder / "given" / "val.jsonl", 3)
     settings = (
         "train.precision=fp16 tracking.report_to=[tensorboard,wandb] tuning.backend=unsloth render.max_length=8 "
-        "infer.json_schema=none.json data.raw=given"
+        "infer.json_schema=none.json data.raw=given train.parallel=deepspeed"
     )
     path = f"{nvidia_smi(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}"
     found = check(
@@ -88,6 +88,7 @@ def test_faults_of_packages_limits_and_config_are_each_found_with_their_mend(fol
         "secrets-readable": "chmod 600 ",
         "file-missing": "infer.json_schema=null",
         "tracker-missing": "make install EXTRAS=wandb",
+        "engine-missing": "make install EXTRAS=deepspeed",
         "precision-changed": "train.precision=auto",
         "memory-too-small": "",
         "unsloth-fails": "make install EXTRAS=unsloth",

@@ -11,7 +11,7 @@ import pytest
 from scripts.utils import backends, environment
 from tests import commands
 
-COSTLY = ("torch", "bitsandbytes", "sklearn", "scipy", "datasets", "pandas")
+COSTLY = ("torch", "bitsandbytes", "sklearn", "scipy", "datasets", "pandas", "deepspeed")
 
 
 def imported(script: str, *words: str, cwd: Path) -> set[str]:

@@ -23,7 +23,7 @@ lifetime growing
 workers ranks findings
 files yaml_text sweep_schema gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input
 hardware launching sharding event_log safetensors_writer gguf_model gguf_runtime training_state json_rows splits continued near suspicious report_page unfinished scrubbing trial doctor_machine
-arrow_rows unsloth_probe bundle doctor_packages
+arrow_rows unsloth_probe bundle doctor_packages zero
 config sweep_file architecture raw_files prompts stages stamp checkpoints model_folder chat backend_choice
 command records model_hub embedded_model encoding chunked_loss lean_lora metrics resume memory
 packing planning offload fused_kernels sweep_choices hparams trainer_settings

@@ -78,7 +78,6 @@ def test_machines_are_numbered_and_the_first_has_an_address(monkeypatch: pytest.
         ({"SFT_NPROC": "2", "SFT_BACKEND": "unsloth"}, "Unsloth trains as one process", 2),
         ({"SFT_NPROC": "4096"}, "this machine has", 4),
         ({"SFT_NPROC": "2", "SFT_SET": "train.parallel=pipeline"}, "train.parallel", 2),
-        ({"SFT_NPROC": "2", "SFT_SET": "train.parallel=deepspeed"}, "deepspeed", 4),
         ({"SFT_NPROC": "1", "SFT_MACHINES": "2"}, "needs the address", 2),
     ],
 )
@@ -238,6 +237,7 @@ def test_the_fsdp_file_reaches_the_trainer(tmp_path: Path, monkeypatch: pytest.M
         sharding.settings("fsdp")
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 @pytest.mark.parametrize(
     ("words", "precision", "told"),
     [
@@ -245,12 +245,68 @@ def test_the_fsdp_file_reaches_the_trainer(tmp_path: Path, monkeypatch: pytest.M
         ("train.optimizer=adamw_8bit", "bf16", "no shards"),
     ],
 )
-def test_what_fsdp_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, words: str, precision: str, told: str) -> None:
-    config = load_config(ROOT / "configs" / "base.yaml", f"train.parallel=fsdp {words}")
+def test_what_shards_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, engine: str, words: str, precision: str, told: str
+) -> None:
+    monkeypatch.setattr(sharding.metadata, "version", lambda _: "1")
+    config = load_config(ROOT / "configs" / "base.yaml", f"train.parallel={engine} {words}")
     sharding.check(config, precision)
     be_rank(monkeypatch, 0, 2)
     with pytest.raises(MachineError, match=told):
         sharding.check(config, precision)
+
+
+def test_an_engine_that_is_not_installed_is_named_with_the_command_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding.metadata, "version", raising(sharding.metadata.PackageNotFoundError("deepspeed")))
+    config = load_config(ROOT / "configs" / "base.yaml", "train.parallel=deepspeed")
+    with pytest.raises(MachineError, match="not installed") as caught:
+        sharding.require_engine(config)
+    assert "make install EXTRAS=deepspeed" in caught.value.hint
+    # by the real command, where the records of installed packages have no such entry
+    (tmp_path / "c.yaml").write_text("{}\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\n"
+        "version = m.version\n"
+        "def without(name):\n"
+        "    if name == 'deepspeed':\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "m.version = without\n"
+    )
+    words = {"SFT_NPROC": "2", "SFT_SET": "train.parallel=deepspeed", "PYTHONPATH": str(tmp_path)}
+    done = script("train", "--config", "c.yaml", cwd=tmp_path, **words)
+    assert done.returncode == 4, done.stderr
+    assert "make install EXTRAS=deepspeed" in done.stderr and done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr and not (tmp_path / "outputs").exists()
+
+
+def raising(error: Exception) -> Any:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("zero_stage: 3", "zero_stage is 3, expected 1 or 2"),
+        ("zero_stage: two", "zero_stage is 'two'"),
+        ("offload_optimizer_device: cpu", "offload_optimizer_device: 'cpu': only 'none' works"),
+        ("gradient_clipping: 1.0", "gradient_clipping: 1.0: this is not read"),
+    ],
+)
+def test_what_zero_does_not_do_here_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, told: str
+) -> None:
+    assert sharding.zero_stage() == 2, "as the file comes"
+    (tmp_path / "deepspeed.yaml").write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  {line}\n")
+    monkeypatch.setattr(sharding, "CONFIGS", tmp_path)
+    with pytest.raises(UserError) as caught:
+        sharding.zero_stage()
+    assert told in caught.value.message and str(tmp_path / "deepspeed.yaml") in caught.value.message
 
 
 def test_the_slurm_script_is_sound() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tests.test_resume import cut
 pytestmark = pytest.mark.slow
 
 STEPS = 7
+HAS_ZERO = any(found.name == "deepspeed" for found in metadata.distributions())
+ZERO = pytest.param("deepspeed", marks=pytest.mark.skipif(not HAS_ZERO, reason="make install EXTRAS=deepspeed"))
 PROBE = ROOT / "tests" / "rank_probe.py"
 EACH = "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1 train.save_total_limit=99"
 
@@ -60,6 +63,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    forget_notes(place)
+
+
+def forget_notes(place: Path) -> None:
     for path in place.glob("probe-*"):
         path.unlink()
 
@@ -130,6 +137,7 @@ def assert_only_the_first_wrote() -> None:
 def ddp(place: Path) -> Any:
     before = Path.cwd()
     os.chdir(place)
+    forget_notes(place)  # of a test before the first that wants this run
     try:
         done = train("ddp", "train.self_test=true")
         assert done.returncode == 0, done.stderr[-3000:]
@@ -175,21 +183,26 @@ def test_make_starts_them(place: Path) -> None:
     assert_learnt_the_same("made")
 
 
-def test_shards_learn_what_one_process_learns() -> None:
-    good(train("fsdp", "train.parallel=fsdp"))
+@pytest.mark.parametrize("engine", ["fsdp", ZERO])
+def test_shards_learn_what_one_process_learns(engine: str) -> None:
+    said = good(train(engine, f"train.parallel={engine}"))
     assert_each_row_once()
     assert_only_the_first_wrote()
-    assert_learnt_the_same("fsdp")
-    assert stamp.require("fsdp")["parallel"]["engine"] == "fsdp"
+    assert_learnt_the_same(engine)
+    assert stamp.require(engine)["parallel"]["engine"] == engine
+    assert ("deepspeed" in stamp.require(engine)["versions"]) == (engine == "deepspeed")
     assert all(line["sharded"] for line in noted())
+    assert said.count(f"step {STEPS}/{STEPS}  loss") == 1
+    for noise in ("Warning", "torch.distributed", "DeepSpeed", "[rank", "[INFO]"):
+        assert noise not in said, noise
     # an adapter as any other: the same file, loaded anew
     done = script(
-        "eval", "--config", "tiny.yaml", "--run", "fsdp", "--quick", "--set", "eval.generate=false", cwd=Path.cwd()
+        "eval", "--config", "tiny.yaml", "--run", engine, "--quick", "--set", "eval.generate=false", cwd=Path.cwd()
     )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", ZERO])
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_checkpoint_goes_on_with_another_number_of_processes(engine: str, first: int, then: int, ddp: Any) -> None:
     if first == 1:
@@ -197,9 +210,9 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(engine: str, firs
     elif engine == "ddp":
         source = "ddp"
     else:
-        source = "fsdp"
-        if not Path("adapters/fsdp").exists():
-            good(train("fsdp", "train.parallel=fsdp"))
+        source = engine
+        if not Path("adapters", engine).exists():
+            good(train(engine, f"train.parallel={engine}"))
     name = f"{engine}-{first}-{then}"
     cut(source, name, 3)
     good(train(name, f"train.parallel={engine}", "--resume", "must", count=then))
@@ -207,19 +220,21 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(engine: str, firs
     assert_learnt_the_same(name)
 
 
-def test_a_killed_rank_ends_the_run_within_a_minute_and_the_same_command_goes_on(ddp: Any) -> None:
+@pytest.mark.parametrize("engine", ["ddp", ZERO])
+def test_a_killed_rank_ends_the_run_within_a_minute_and_the_same_command_goes_on(engine: str, ddp: Any) -> None:
+    name, words = f"killed-{engine}", f"train.parallel={engine}"
     begun = time.time()
-    done = train("killed", PROBE_KILL=f"1:4:{int(signal.SIGKILL)}")
+    done = train(name, words, PROBE_KILL=f"1:4:{int(signal.SIGKILL)}")
     assert time.time() - float(Path("probe-killed").read_text()) < 60
     assert begun < time.time()
     assert done.returncode == 4
     assert done.stderr.count("error:") == 1 and done.stderr.count("hint:") == 1 and "Traceback" not in done.stderr
     assert "process 1 of 2 was ended from outside (SIGKILL)" in done.stderr and "goes on" in done.stderr
-    assert not Path("adapters/killed").exists()
-    assert checkpoints.newest_whole(Path("outputs/killed"))[0] == Path("outputs/killed/checkpoint-3")
-    good(train("killed"))
-    assert stamp.require("killed")["starts"][-1]["from_step"] == 3
-    assert_learnt_the_same("killed", "ddp", rel=1e-6)
+    assert not Path("adapters", name).exists()
+    assert checkpoints.newest_whole(Path("outputs", name))[0] == Path("outputs", name, "checkpoint-3")
+    good(train(name, words))
+    assert stamp.require(name)["starts"][-1]["from_step"] == 3
+    assert_learnt_the_same(name, "ddp", rel=1e-6 if engine == "ddp" else 1e-4)
 
 
 def test_a_stopped_run_saves_on_all_ranks_and_goes_on(ddp: Any) -> None:
@@ -247,13 +262,15 @@ def test_a_stopped_run_saves_on_all_ranks_and_goes_on(ddp: Any) -> None:
     assert_learnt_the_same("stopped", "ddp", rel=1e-6)
 
 
-def test_dropout_goes_on_where_it_was_on_each_rank() -> None:
-    good(train("noise", "lora.dropout=0.3"))
-    cut("noise", "noise-cut", 3)
-    good(train("noise-cut", "lora.dropout=0.3", "--resume", "must"))
-    assert entries("noise-cut", "loss") == entries("noise", "loss")
-    assert files.sha256_file(Path("adapters/noise/adapter_model.safetensors")) == files.sha256_file(
-        Path("adapters/noise-cut/adapter_model.safetensors")
+@pytest.mark.parametrize("engine", ["ddp", ZERO])
+def test_dropout_goes_on_where_it_was_on_each_rank(engine: str) -> None:
+    name, words = f"noise-{engine}", f"lora.dropout=0.3 train.parallel={engine}"
+    good(train(name, words))
+    cut(name, f"{name}-cut", 3)
+    good(train(f"{name}-cut", words, "--resume", "must"))
+    assert entries(f"{name}-cut", "loss") == entries(name, "loss")
+    assert files.sha256_file(Path("adapters", name, "adapter_model.safetensors")) == files.sha256_file(
+        Path("adapters", f"{name}-cut", "adapter_model.safetensors")
     )
 
 
@@ -270,13 +287,24 @@ def test_an_error_of_all_is_told_once_with_its_exit_code(words: str, more: list[
     assert told in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", ZERO])
 def test_a_loss_that_is_no_number_on_one_rank_stops_all(engine: str) -> None:
     name = f"diverged-{engine}"
     done = train(name, f"train.parallel={engine}", PROBE_FAULT="1:3:nan")
     assert done.returncode == 5, done.stderr[-2000:]
     assert "at step 3" in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     assert checkpoints.newest_whole(Path("outputs") / name)[0] == Path(f"outputs/{name}/checkpoint-2")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", ZERO])
+def test_a_step_that_is_passed_over_on_all_ranks_leaves_no_trace(engine: str) -> None:
+    words = "train.non_finite=skip"
+    if not Path("adapters/skipped").exists():
+        good(train("skipped", words, PROBE_FAULT="1:3:nan"))
+    said = good(train(f"skipped-{engine}", f"{words} train.parallel={engine}", PROBE_FAULT="1:3:nan"))
+    assert said.count("at step 3: the step is passed over") == 1
+    assert stamp.require(f"skipped-{engine}")["result"]["skipped_steps"] == 1
+    assert_learnt_the_same(f"skipped-{engine}", "skipped")
 
 
 def test_a_rank_without_memory_halves_its_own_share() -> None:
@@ -286,13 +314,15 @@ def test_a_rank_without_memory_halves_its_own_share() -> None:
     assert_learnt_the_same("halved", "wide")
 
 
-def test_four_bit_weights_in_shards() -> None:
-    good(train("nf4", "tuning.mode=qlora", count=1))
-    good(train("nf4-shards", "tuning.mode=qlora train.parallel=fsdp"))
-    assert_learnt_the_same("nf4-shards", "nf4", rel=1e-3)
+@pytest.mark.parametrize("engine", ["fsdp", ZERO])
+def test_four_bit_weights_in_shards(engine: str) -> None:
+    if not Path("adapters/nf4").exists():
+        good(train("nf4", "tuning.mode=qlora", count=1))
+    good(train(f"nf4-{engine}", f"tuning.mode=qlora train.parallel={engine}"))
+    assert_learnt_the_same(f"nf4-{engine}", "nf4", rel=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", ZERO])
 def test_full_tuning_on_two_processes(engine: str) -> None:
     if not Path("adapters/full").exists():
         good(train("full", "tuning.mode=full", count=1))
@@ -301,9 +331,23 @@ def test_full_tuning_on_two_processes(engine: str) -> None:
     assert entries(f"full-{engine}", "eval_loss") == pytest.approx(entries("full", "eval_loss"), rel=1e-3)
 
 
-def test_checkpoints_within_shards() -> None:
-    good(train("recompute", "train.parallel=fsdp train.gradient_checkpointing=true"))
-    assert_learnt_the_same("recompute")
+@pytest.mark.parametrize("engine", ["fsdp", ZERO])
+def test_checkpoints_within_shards(engine: str) -> None:
+    good(train(f"recompute-{engine}", f"train.parallel={engine} train.gradient_checkpointing=true"))
+    assert_learnt_the_same(f"recompute-{engine}")
+
+
+@pytest.mark.skipif(not HAS_ZERO, reason="make install EXTRAS=deepspeed")
+def test_zero_keeps_gradients_whole_where_its_file_says_so(tmp_path: Path) -> None:
+    text = (ROOT / "env" / "deepspeed.yaml").read_text()
+    (tmp_path / "deepspeed.yaml").write_text(text.replace("zero_stage: 2", "zero_stage: 1"))
+    # clipped: the norm is that of all ranks' parts
+    words = "train.max_grad_norm=0.1 tuning.mode=full"
+    good(train("stage-0", words, count=1))
+    said = good(train("stage-1", f"{words} train.parallel=deepspeed", PROBE_ENGINES=str(tmp_path)))
+    assert "ZeRO stage 1" in said
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert entries("stage-1", key) == pytest.approx(entries("stage-0", key), rel=1e-3)
 
 
 TWO_MACHINES = r"""

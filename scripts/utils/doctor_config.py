@@ -17,6 +17,7 @@ from scripts.utils import (
     hardware,
     model_store,
     planning,
+    sharding,
     stamp,
     unsloth_probe,
 )
@@ -53,6 +54,14 @@ def trackers(config: "Config") -> Iterator[Finding]:
         if name != "tensorboard" and find_spec(name) is None:  # that one is in the base install
             text = f"tracking.report_to asks for {name}, which is not installed"
             yield fault("trackers", "tracker-missing", text, f"make install EXTRAS={name}, or take it out")
+
+
+def engine(config: "Config") -> Iterator[Finding]:
+    """What lets several processes work together, where it is a package of its own."""
+    try:
+        sharding.require_installed(config)
+    except MachineError as problem:
+        yield from_problem("config", "engine-missing", problem)
 
 
 def precision(config: "Config", machine: Hardware) -> Iterator[Finding]:

@@ -7,12 +7,14 @@ at every run instead of hoped for.
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # of what transformers imports wherever it is installed, and never uses here: torchvision, which stops the import when it
 # does not fit torch, and what costs seconds at every start (sklearn and scipy for one way of speculative decoding and for
 # losses on pictures, datasets with pandas for Trainer's own column names)
 _HIDDEN = ("torchvision", "sklearn", "scipy", "datasets")
+_ENGINES = ("deepspeed",)  # Accelerate imports it wherever it is installed; zero.py shows it where a run asks for it
 _alone = False
 _HEAVY = ("torch", "transformers", "tokenizers", "datasets", "unsloth")
 
@@ -65,7 +67,7 @@ def prepare(root: Path) -> None:
         raise RuntimeError(f"environment.prepare must run before {', '.join(early)} is imported")
     for name, value in {**_DEFAULTS, **read_dotenv(root / ".env")}.items():
         os.environ.setdefault(name, value)
-    for package in _HIDDEN:
+    for package in (*_HIDDEN, *_ENGINES):
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     # on a CPU with AVX-512 BF16 it asks for a kernel from the hub, which is not used here (backends.keep_four_bits)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -77,9 +79,9 @@ def serve_one_command() -> None:
     _alone = True
 
 
-def show_hidden() -> None:
-    """Take back what ``prepare`` hid, for those that use it: Unsloth and lm-evaluation-harness."""
-    for package in _HIDDEN:
+def show_hidden(packages: Sequence[str] = _HIDDEN) -> None:
+    """Take back what ``prepare`` hid, for those that use it: Unsloth, lm-evaluation-harness and ZeRO."""
+    for package in packages:
         if sys.modules.get(package, "") is None:
             del sys.modules[package]
 

@@ -231,7 +231,7 @@ def optimizer_name(config: "Config", hardware: Hardware) -> str:
     if wanted == "auto":
         if hardware.device != "cuda":
             return "adamw_torch"
-        if ranks.world_size() > 1 and config.train.parallel == "fsdp":
+        if ranks.world_size() > 1 and config.train.parallel != "ddp":
             return "adamw_torch_fused"  # 8-bit states have no shards
         return "paged_adamw_8bit" if hardware.memory < 12 * 2**30 else "adamw_torch_fused"
     if "8bit" in wanted and hardware.device != "cuda":

@@ -87,11 +87,6 @@ def check(wanted: Layout, config: "Config") -> None:
             f"{asked}: several processes need Linux: torch has none that work together on a Mac's GPU, nor NCCL on Windows",
             "leave NPROC out",
         )
-    if config.train.parallel == "deepspeed":
-        raise MachineError(
-            "train.parallel: deepspeed does not go through this training loop: its checkpoints are pickles, which no run loads",
-            "train.parallel: fsdp shards weights, gradients and optimizer states too",
-        )
     import torch
 
     cards = torch.cuda.device_count()

@@ -118,7 +118,8 @@ def can_use_host(config: "Config", shape: Architecture, machine: Hardware, backe
 
 
 def _optimizer(config: "Config", machine: Hardware, processes: int) -> str:
-    if is_sharded(config, processes) and machine.device == "cuda" and config.train.optimizer == "auto":
+    several = (processes or ranks.world_size()) > 1 and config.train.parallel != "ddp"
+    if several and machine.device == "cuda" and config.train.optimizer == "auto":
         return "adamw_torch_fused"  # 8-bit states have no shards
     return optimizer_name(config, machine)
 
@@ -206,7 +207,7 @@ def _cheapest_first(plan: Plan) -> Iterator[tuple[dict[str, dict[str, Any]], str
     yield {"train": whole}, "smaller micro batches, the same step"
     if train.pack_length and train.pack_length > config.render.max_length:
         yield {"train": {"pack_length": config.render.max_length}}, "shorter rows, more of them"
-    if cuda:
+    if cuda and (plan.run.processes < 2 or train.parallel == "ddp"):
         yield {"train": {"optimizer": "paged_adamw_8bit"}}, "Adam's states in 8 bit"
     if plan.run.processes > 1 and not plan.run.sharded and plan.backend == "bitsandbytes":
         yield {"train": {"parallel": "fsdp"}}, "weights are gathered layer by layer, twice a pass"

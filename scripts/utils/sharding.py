@@ -1,4 +1,4 @@
-"""How the ranks share a step's work: gradients summed by DDP, or weights in shards by FSDP2; both Accelerate's.
+"""How the ranks share a step's work: gradients summed by DDP, or weights in shards by FSDP2; both Accelerate's. Or ZeRO (zero.py).
 
 The settings of the engines stand in env/*.yaml, in Accelerate's own form. Between passes a sharded weight is a DTensor, of
 which each rank holds a piece; files hold whole tensors, so that a checkpoint goes on with any number of ranks.
@@ -8,7 +8,7 @@ import contextlib
 import types
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, files, ranks
@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 
 CONFIGS = files.REPO_ROOT / "env"
 _ENGINES = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
+# what else env/deepspeed.yaml may say: the loop sums the gradients of a step's micro batches, and train.max_grad_norm clips
+_ZERO = {"gradient_accumulation_steps": 1, "offload_optimizer_device": "none", "zero3_init_flag": False}
 
 
 def engine(config: "Config") -> str:
     """How this run's ranks work together: none (there is one), ddp, fsdp or deepspeed."""
     return config.train.parallel if ranks.world_size() > 1 else "none"
+
+
+def packages(config: "Config") -> list[str]:
+    """What this run's engine is, where it is a package of its own."""
+    return ["deepspeed"] if engine(config) == "deepspeed" else []
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -47,18 +54,56 @@ def settings(name: str) -> dict[str, Any]:
     return dict(found.fsdp_config if name == "fsdp" else found.deepspeed_config)
 
 
+def zero_stage() -> int:
+    """Which of ZeRO's stages env/deepspeed.yaml asks for; raises ``UserError`` for what is not done here."""
+    path, found = CONFIGS / "deepspeed.yaml", settings("deepspeed")
+    stage = found.pop("zero_stage", 2)
+    if stage not in (1, 2):
+        raise UserError(
+            f"{path}: zero_stage is {stage!r}, expected 1 or 2",
+            "to cut the weights in shards as well: train.parallel: fsdp",
+        )
+    for name, value in found.items():
+        if value != _ZERO.get(name):
+            only = f"only {_ZERO[name]!r} works here" if name in _ZERO else "this is not read here"
+            raise UserError(f"{path}: deepspeed_config: {name}: {value!r}: {only}", "git checkout the file, or mend it")
+    return int(stage)
+
+
+def require_installed(config: "Config") -> None:
+    """Raise ``MachineError`` where train.parallel asks for what is not installed."""
+    if config.train.parallel != "deepspeed":
+        return
+    try:
+        metadata.version("deepspeed")  # its module is hidden (environment.py)
+    except metadata.PackageNotFoundError:
+        raise MachineError(
+            "train.parallel asks for deepspeed, which is not installed",
+            'make install EXTRAS=deepspeed, or SET="train.parallel=fsdp", which needs nothing more',
+        ) from None
+
+
+def require_engine(config: "Config") -> None:
+    """As ``require_installed``; raises ``UserError`` too, where the engine's file in env/ asks for what is not done here."""
+    require_installed(config)
+    if config.train.parallel == "deepspeed":
+        zero_stage()
+
+
 def check(config: "Config", precision: str) -> None:
     """Refuse what an engine cannot do; raises ``MachineError``."""
-    if engine(config) != "fsdp":
+    name = engine(config)
+    if name not in ("fsdp", "deepspeed"):
         return
+    require_engine(config)
     if precision == "fp16":
         raise MachineError(
-            "train.parallel: fsdp trains in bf16 or fp32, not fp16", "train.parallel: ddp, or a card that has bf16"
+            f"train.parallel: {name} trains in bf16 or fp32, not fp16", "train.parallel: ddp, or a card that has bf16"
         )
     if "8bit" in config.train.optimizer:
         raise MachineError(
             f"train.optimizer {config.train.optimizer} has no shards",
-            "use train.optimizer: auto with train.parallel: fsdp",
+            f"use train.optimizer: auto with train.parallel: {name}",
         )
 
 
@@ -94,8 +139,8 @@ def trainer_options(config: "Config", precision: str) -> dict[str, Any]:
     """What TrainingArguments takes beside the usual where several ranks run."""
     if ranks.world_size() < 2:
         return {}
-    if engine(config) == "ddp":
-        return {"ddp_find_unused_parameters": False}
+    if engine(config) != "fsdp":
+        return {"ddp_find_unused_parameters": False} if engine(config) == "ddp" else {}
     options: dict[str, Any] = {"fsdp": True, "fsdp_config": {**settings("fsdp"), "activation_checkpointing": False}}
     if config.tuning.mode != "full":
         # adapters stay in fp32 and are reduced in it, the base in the precision that it was loaded in, as in one process
@@ -222,7 +267,3 @@ def optimizer_as_in(state: dict[str, Any], optimizer: "torch.optim.Optimizer") -
         for number, entry in state["state"].items()
     }
     return {**state, "state": cut}
-
-
-def accelerate_configs() -> list[Path]:
-    return sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "skypilot")

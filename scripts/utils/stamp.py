@@ -87,12 +87,12 @@ def holds_secret(text: str) -> bool:
     return without_secrets(text).count("***") > text.count("***")
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the installed libraries that decide a result."""
+def library_versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide a result; ``more`` of them where a run uses them."""
     from importlib import metadata
 
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

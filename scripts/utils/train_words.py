@@ -42,7 +42,8 @@ def say_ranks(config: "Config") -> None:
     count = ranks.world_size()
     if count < 2:
         return
-    how = {"ddp": "each with the whole model (DDP)", "fsdp": "the model in shards (FSDP2)"}[sharding.engine(config)]
+    how = {"ddp": "each with the whole model (DDP)", "fsdp": "the model in shards (FSDP2)"}.get(sharding.engine(config))
+    how = how or f"each with the whole model and a part of the optimizer's states (ZeRO stage {sharding.zero_stage()})"
     console.note("train", f"{count} processes, {how}; the step's rows are dealt out, so the same is learnt as by one")
     if config.train.gradient_accumulation < count:
         console.warn(

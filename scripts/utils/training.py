@@ -77,10 +77,11 @@ class SFTTrainer(Trainer):
         self._staging: Path | None = None
         self.tracked: Any = None  # the callback that tells the trackers
         self._restored: dict[str, Any] = {}
-        self.sharded = False  # each rank holds a part of the weights, so all must do as many passes
+        self.sharded = False  # each pass is one of all ranks (FSDP, ZeRO), so all must do as many
+        self.zero: Any = None  # DeepSpeed's engine, behind what the Trainer takes for its optimizer
         self._collected: dict[str, Any] = {}  # what all ranks put together for the first one to save
         super().__init__(train_dataset=Steps(schedule), **options)
-        if ranks.world_size() > 1 and not self.is_fsdp_enabled:
+        if sharding.engine(config) == "ddp":
             sharding.leave_frozen_alone(self.model)
         self.model_accepts_loss_kwargs = True  # losses are normalised here, not once more by the Trainer
 
@@ -96,6 +97,19 @@ class SFTTrainer(Trainer):
         if sharding.let_accelerate_shard_on_cpu(self.accelerator, getattr(self.args, "fsdp_plugin_args", None)):
             self.is_fsdp_enabled = True
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        made = super().create_optimizer(model)
+        if sharding.engine(self.config) == "deepspeed":
+            from scripts.utils.zero import ZeroOptimizer
+
+            how = {"stage": sharding.zero_stage(), "clip": self.args.max_grad_norm, "device": self.args.device.type}
+            made = self.zero = self.optimizer = ZeroOptimizer(made, self._loss_of_row, **how)
+        return made
+
+    def _wrap_model(self, model: Any, *args: Any, **options: Any) -> Any:
+        # what is wrapped already, Accelerate does not give to DDP
+        return self.zero.engine if self.zero else super()._wrap_model(model, *args, **options)
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate wants one dict of tensors, and is shown nowhere
 
@@ -110,7 +124,7 @@ class SFTTrainer(Trainer):
         while True:
             try:
                 with by_segment(model, self.exact.segments, self.exact.kernel), lean(model, self.exact.lean):
-                    total, tokens = self._accumulate(model, inputs)
+                    total, tokens = self._accumulate(inputs)
                 break
             except Exception as error:
                 if not is_out_of_memory(error) or self.sharded:  # shards: the others have gone on with this pass
@@ -124,11 +138,9 @@ class SFTTrainer(Trainer):
                 torch.cuda.empty_cache()
         self._count(tokens)
         self.run_state.steps_since += 1
-        # the scaler of fp16 expects gradients that overflow now and then, and passes over them itself
         if ranks.world_size() > 1 and not self.sharded:
             sharding.reduce_gradients(self.model_wrapped)
-        gradients = [] if self.args.fp16 else [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = all_finite([total, *map(sharding.local, gradients)])  # the step's one wait for the device
+        finite = all_finite([total, *self._gradients()])  # the step's one wait for the device
         if ranks.world_size() > 1:
             total, finite = self._agree(total, finite)
         reason = None
@@ -140,18 +152,32 @@ class SFTTrainer(Trainer):
             return total
         return self._pass_over(reason)
 
-    def _accumulate(self, model: Any, inputs: Step) -> tuple[torch.Tensor, int]:
+    def _accumulate(self, inputs: Step) -> tuple[torch.Tensor, int]:
         """Gradients and loss of this rank's share, over the trained tokens of the whole step; and the step's tokens."""
         count = sum(self.examples[i].trained_tokens for row in inputs for i in row)
         total = torch.zeros((), device=self.args.device)
-        for indices, times in self._share(inputs):
+        share = self._share(inputs)
+        for number, (indices, times) in enumerate(share):
             row = self._prepare_inputs(self._to_row(indices))
-            with self.compute_loss_context_manager(), activations_on_host(model, self._offloads):
-                loss = self.loss(model, row) / max(count, 1) * times
+            last = number == len(share) - 1
+            loss = self.zero.loss_of_row(row, last) if self.zero else self._loss_of_row(row)
+            loss = loss / max(count, 1) * times
             total += loss.detach()
-            # DDP and FSDP take the mean over the ranks; wanted is the sum
-            self.accelerator.backward(loss * ranks.world_size())
+            # each engine takes the mean over the ranks; wanted is the sum
+            (self.zero or self.accelerator).backward(loss * ranks.world_size())
         return total, sum(len(self.examples[i].ids) for row in inputs for i in row)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Those that must be finite, this rank's part of them where they are in parts."""
+        if self.zero:
+            return self.zero.gradients()
+        if self.args.fp16:
+            return []  # its scaler expects that they overflow now and then, and passes over them itself
+        return [sharding.local(p.grad) for p in self.model.parameters() if p.grad is not None]
+
+    def _loss_of_row(self, row: Row) -> torch.Tensor:
+        with self.compute_loss_context_manager(), activations_on_host(self.model, self._offloads):
+            return self.loss(self.model, row)
 
     def _share(self, inputs: Step) -> list[tuple[list[int], int]]:
         """This rank's micro batches of a step, and how often each counts: 0 where a rank must keep in step with others."""
@@ -233,7 +259,17 @@ class SFTTrainer(Trainer):
         for parameter in (p for p in self.model.parameters() if p.requires_grad):
             # an optimizer leaves alone what has no gradient; the scaler of fp16 wants to see one to pass over
             parameter.grad = torch.full_like(parameter, torch.inf) if self.args.fp16 else None
+        if self.zero:
+            self.zero.leave_out()
         return torch.zeros((), device=self.args.device)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.zero.norm() if self.zero else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.zero and grad_norm is None:
+            return self.zero.norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def refuse_broken_weights(self) -> None:
         """After an optimizer step: raise ``DivergedError`` when a trained weight is no longer a number: such a step must never be saved."""
@@ -296,8 +332,9 @@ class SFTTrainer(Trainer):
         """What several ranks do differently from one, once the engine has taken the model. Call when training begins."""
         if ranks.world_size() < 2:
             return
-        self.sharded = sharding.is_sharded(self.model)
-        if self.sharded and self.exact.chunked:  # the other way calls the model itself
+        in_shards = sharding.is_sharded(self.model)
+        self.sharded = in_shards or self.zero is not None
+        if in_shards and self.exact.chunked:  # the other way calls the model itself
             self.loss = sharding.through_root(self.model, self.loss)
         if ranks.rank() and not self._restored:
             training_state.seed_anew(self.args.seed, ranks.rank(), self.state.global_step)
