@@ -21,6 +21,7 @@ PARTS = (
     "prefix",
     "context",
     "inference",
+    "loader",
     "starts",
 )
 _MEDIAN_OF = ("rate", "trained_rate", "peak_bytes", "seconds", "first_step", "flops", "train_loss")

@@ -3,7 +3,7 @@
     make bench RAW=data/sample ROWS=64 ROUNDS=3 PRECISION=bf16
 
 Each run of each contestant is a process of its own, in a new folder. docs/benchmarks.md says what is compared and how it is
-kept fair. Parts that can be had alone: --levers, --prefix, --context, --inference, --profile, --starts; --docs writes the page.
+kept fair. Parts that can be had alone: --levers, --prefix, --context, --inference, --profile, --loader, --starts; --docs writes the page.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", type=_numbers, metavar="TOKENS", help="cost of a token in rows so long: 512,1024,2048,4096,8192")
     add("--inference", action="store_true", help="32 prompts batched, one by one, and by transformers alone")
     add("--profile", action="store_true", help="where the time of a step goes, by kind of work")
+    add("--loader", type=_number(16), metavar="ROWS", help="so many rows to token ids, read again, and packed: 10000")
     add("--starts", action="store_true", help="--help of each script, and each step of a run")
     add("--docs", action="store_true", help="put the figures of --out into docs/benchmarks.md")
     return parser
@@ -121,7 +122,7 @@ def contest(arguments: argparse.Namespace, base: Path, rows: Rows, model: Path) 
 
 def parts(arguments: argparse.Namespace) -> list[Part]:
     """What was asked for; nothing: the contest."""
-    from benchmarks import inference, levers, profiled, starts
+    from benchmarks import inference, levers, loader, profiled, starts
 
     wanted: list[Part] = []
     wanted += [levers.levers] if arguments.levers else []
@@ -129,6 +130,7 @@ def parts(arguments: argparse.Namespace) -> list[Part]:
     wanted += [levers.context] if arguments.context else []
     wanted += [inference.inference] if arguments.inference else []
     wanted += [profiled.profile] if arguments.profile else []
+    wanted += [loader.loader] if arguments.loader else []
     wanted += [starts.starts] if arguments.starts else []
     return wanted or ([] if arguments.docs else [contest])
 

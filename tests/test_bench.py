@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import contestants, flops, inference, levers, measured, plot, results, rows, steps, train
+from benchmarks import contestants, flops, inference, levers, loader, measured, plot, results, rows, steps, train
 from benchmarks.contestants import Result
 from scripts.utils.errors import MachineError, UserError
 from tests.commands import ROOT, environment, run
@@ -207,6 +207,15 @@ def test_each_way_of_answering_gives_the_same_text_in_fp32(tiny_model, monkeypat
     ways = inference.ways(model, chat.load_tokenizer(tiny_model), [2], prompts)
     batched, alone, plain = (way() for way in ways.values())
     assert batched == alone == plain and len(alone) == 5
+
+
+def test_the_loader_is_timed_on_as_many_rows_as_were_asked_for(tiny_model, tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    given = rows.Rows([{"messages": turns}], [], examples_of(tiny_model, 1), [])
+    asked = SimpleNamespace(loader=40, rounds=2, raw="few.jsonl", precision="fp32", max_length=128, mode="lora")
+    title, found, text = loader.loader(asked, tmp_path, given, tiny_model)
+    assert title == "loader" and found["rows"] == 40 and len(found["medians"]) == 3
+    assert all(seconds > 0 for seconds in found["medians"].values()) and "40 rows" in text
 
 
 @pytest.mark.parametrize("tokens", [20, 200])
