@@ -32,7 +32,12 @@ class Environment:
 
     def without(self, *packages: str) -> None:
         for package in packages:
-            for path in [self.site / package, *self.site.glob(f"{package}-*.dist-info")]:
+            # pip leaves an .egg-info of what it builds without a wheel
+            for path in [
+                self.site / package,
+                *self.site.glob(f"{package}-*.dist-info"),
+                *self.site.glob(f"{package}-*.egg-info"),
+            ]:
                 path.unlink(missing_ok=True)
 
     def as_version(self, package: str, version: str) -> None:
