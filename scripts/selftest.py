@@ -47,11 +47,12 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     rows = conversations(tokenizer, chat.choose_template(tokenizer, config.render.template))
     loaded = backends.load_for_training(config, path, "bitsandbytes", precision, machine)
     wake_adapter(loaded.model)
-    console.note("selftest", f"{config.model.name}: {config.tuning.mode} on {machine.name} in {precision}")
+    compared = "fp32" if config.tuning.mode == "full" else precision  # as its weights are, and as train compares it
+    console.note("selftest", f"{config.model.name}: {config.tuning.mode} on {machine.name} in {compared}")
     table, failed = [], []
     for name, plain, fast in comparisons(loaded.model, rows):
         loss, gradient = difference(plain(), fast())
-        allowed = _ALLOWED[precision]
+        allowed = _ALLOWED[compared]
         good = loss <= allowed[0] and gradient <= allowed[1]
         failed += [] if good else [name]
         table.append((name, f"{loss:.1e}", f"{gradient:.1e}", "equal" if good else "DIFFERENT"))
@@ -60,6 +61,11 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
         raise MachineError(
             f"not the same as the plain way on this model: {', '.join(failed)}",
             "train compares too and leaves out what differs; please report this with the lines above",
+        )
+    if compared != "fp32":
+        console.note(
+            "selftest",
+            f'that is equal to the rounding of {compared}; more digits: make selftest SET="train.precision=fp32"',
         )
 
 

@@ -24,6 +24,14 @@ def test_every_way_is_equal_on_a_good_model(mode: str, config: Path, capsys: pyt
     assert capsys.readouterr().out.count("equal") == (4 if mode == "full" else 5)
 
 
+@pytest.mark.parametrize(("mode", "said"), [("lora", True), ("full", False)])
+def test_in_16_bit_it_says_how_to_see_more_digits(
+    mode: str, said: bool, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert selftest.main(["--config", str(config), "--set", f"tuning.mode={mode} train.precision=bf16"]) == 0
+    assert ("rounding of bf16" in capsys.readouterr().err) is said, "full tuning compares in fp32, as its weights are"
+
+
 def test_a_segment_that_sees_its_neighbour_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
