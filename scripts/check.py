@@ -65,7 +65,11 @@ def findings(arguments: argparse.Namespace) -> Iterator[Finding]:
         def begin(kind: str, **question: Any) -> trial.Trial | None:
             if missing & doctor_trials.NEEDED[kind]:
                 return None
-            begun = trial.start(kind, {"config": config.model_dump() if config else None, **question})
+            begun = trial.start(
+                "scripts.utils.trial_child",
+                kind,
+                question={"config": config.model_dump() if config else None, **question},
+            )
             running.callback(trial.stop, begun)
             return begun
 

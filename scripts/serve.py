@@ -57,7 +57,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int:
     port = servers.parse_port(arguments.port, DEFAULT_PORT)
     host = check_address(arguments.listen)
     check_engine(arguments.engine)
-    stamp.require(run)
+    system = stamp.system_of(stamp.require(run))
     if not servers.is_free(port, host):
         raise UserError(f"port {port} is in use on {host}", "end what listens there, or name another: PORT=…")
     with tempfile.TemporaryDirectory(prefix="sft-serve-") as folder:
@@ -67,7 +67,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> int:
             if code := wait_until_up(child, question):
                 return code  # the engine's process has said why
             check_key(question)
-            announce(question)
+            announce(question, system)
             try:
                 code = child.wait()
             except KeyboardInterrupt:
@@ -165,10 +165,9 @@ def check_key(question: Question) -> None:
         )
 
 
-def announce(question: Question) -> None:
+def announce(question: Question, system: str | None) -> None:
     address = f"http://{question.host}:{question.port}/v1"
     key = os.environ.get(KEY)
-    system = stamp.system_of(stamp.require(question.run))
     messages = prompts.with_system([{"role": "user", "content": "Hello"}], system)
     body = json.dumps({"model": question.run, "messages": messages, "temperature": 0}, ensure_ascii=False)
     bearer = f' -H "Authorization: Bearer ${KEY}"' if key else ""

@@ -401,9 +401,9 @@ def test_an_answer_without_a_trained_end_token_is_seen(tmp_path):
 
 
 def test_a_trial_says_what_it_came_to_before_it_ended(monkeypatch):
-    ended = trial.finish(trial.start("no such trial", {"config": None}), 60)
+    ended = trial.finish(trial.start("scripts.utils.trial_child", "no such trial", question={"config": None}), 60)
     assert ended.reason == "" and ended.said == []
-    ended = trial.finish(trial.start("rows", {"config": None}), 60)
+    ended = trial.finish(trial.start("scripts.utils.trial_child", "rows", question={"config": None}), 60)
     assert "ended with code 1 while starting" in ended.reason and "AssertionError" in ended.reason
 
 

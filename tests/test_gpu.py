@@ -160,7 +160,6 @@ def test_a_card_that_is_too_small_cuts_micro_batches_and_learns_the_same(project
 
 
 def test_the_doctor_runs_attention_and_four_bits_on_the_card(tmp_path: Path) -> None:
-    """Not yet run."""
     (tmp_path / "run.yaml").write_text(f"include: {ROOT / 'configs' / 'base.yaml'}\n")
     done = run([sys.executable, ROOT / "scripts" / "check.py", "--json", "--config", "run.yaml"], tmp_path)
     found = {

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from scripts.utils import chunked_loss
 from scripts.utils.attention import NAME, by_segment, can_segment, is_segmented
+from scripts.utils.autocast import mixed
 from scripts.utils.encoding import Encoded
-from scripts.utils.loss import Exact, Loss, batch_loss, find_exact, mixed, on_device, summed_loss, whole_loss
+from scripts.utils.loss import Exact, Loss, batch_loss, find_exact, on_device, summed_loss, whole_loss
 from scripts.utils.packing import make_rows, pack, rows_in_order, shared_prefixes, split_indices, to_row
 from tests.tiny_models import FAMILIES, tiny
 
@@ -257,8 +258,8 @@ def test_fp32_weights_compute_in_the_precision_of_the_run(way: Loss) -> None:
     wanted = gradients(model, way(model, row))
     seen = []
     hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    found = gradients(model, mixed(way, "cpu", "bf16")(model, row))
-    assert seen == [torch.bfloat16] and mixed(way, "cpu", "fp32") is way
+    found = gradients(model, mixed(way, "cpu", torch.bfloat16)(model, row))
+    assert seen == [torch.bfloat16] and mixed(way, "cpu", torch.float32) is way
     hook.remove()
     assert 0 < float((found - wanted).norm()) < 0.1 * float(wanted.norm())
 

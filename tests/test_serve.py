@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from scripts import infer, serve
 from scripts.utils import chat, engine_child, served, servers, trained
+from scripts.utils.engine_child import Question
 from scripts.utils.errors import RefusedError, UserError
 from scripts.utils.schema import InferSection
 from tests.commands import ROOT, environment
@@ -392,3 +394,15 @@ def test_vllm_is_asked_for_the_run_by_its_name_and_the_key_stays_off_its_command
     assert words[:3] == ["vllm", "serve", RUN] and f"{RUN}={adapter}" in words
     assert words[words.index("--max-lora-rank") + 1] == "32"
     assert "--api-key" not in words
+
+
+def test_the_example_that_is_shown_sends_the_system_message_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell reads it, whatever the message holds."""
+    question = Question("try1", "tuned", "transformers", "127.0.0.1", 8000, "", {})
+    system = 'It\'s "short" & $HOME\nand über'
+    serve.announce(question, system)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " curl " in line]
+    body = json.loads(shlex.split(line[line.index("curl ") :])[-1])
+    assert body["messages"] == [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+    serve.announce(question, None)
+    assert '"system"' not in capsys.readouterr().out

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from scripts.utils.autocast import computed_in
 from scripts.utils.errors import MachineError
 from scripts.utils.offload import computing_device
 from scripts.utils.packing import Segment
@@ -107,8 +108,7 @@ def _by_kernel(
     if softcap is not None or dropout:
         raise CannotSegment("torch's variable-length kernel has neither capped scores nor dropout", _PLAINLY)
     cuts = _cuts(tuple(segments), query.device)
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    dtype = computed_in(value)
     q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))  # [tokens, heads, size]
     if cuts.keys is not None:
         k, v = k[cuts.keys], v[cuts.keys]

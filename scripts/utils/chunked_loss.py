@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from scripts.utils.autocast import computed_in
+
 _CHUNK = 2**24  # logits at a time: 64 MiB in fp32
 _FP16_BOOST = 1024.0  # gradients of logits times a head's weights fall below fp16's smallest number
 
@@ -28,7 +30,7 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         """``hidden``: [trained tokens, hidden size], ``weight``: [vocabulary, hidden size], ``targets``: int64 [trained tokens]."""
         wanted = ctx.needs_input_grad
-        boost = _FP16_BOOST if _computed_in(hidden) == torch.float16 else 1.0
+        boost = _FP16_BOOST if computed_in(hidden) == torch.float16 else 1.0
         of_hidden = torch.empty_like(hidden, dtype=torch.float32 if boost > 1 else hidden.dtype) if wanted[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
@@ -74,8 +76,3 @@ class ChunkedLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         return *found, None, None, None
-
-
-def _computed_in(hidden: torch.Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

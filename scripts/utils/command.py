@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.utils import console, environment, ranks
@@ -110,9 +109,11 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
 
 def _own_config(run: str | None) -> str | None:
     """The file in which train wrote down the config of this run."""
-    if not run or Path(run).name != run:
+    if not run:
         return None
-    path = Path("outputs") / run / "config.yaml"
+    from scripts.utils import stamp
+
+    path = stamp.run_folder(run) / "config.yaml"
     return str(path) if path.is_file() else None
 
 

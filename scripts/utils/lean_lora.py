@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from scripts.utils.autocast import computed_in
+
 
 class LeanLinear(torch.autograd.Function):
     """``x @ weight.T + bias + scale * (x @ a.T) @ b.T`` with a frozen ``weight`` and ``bias``.
@@ -112,13 +114,9 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
         base.weight.quant_state = (
             base.quant_state
         )  # lost where FSDP put the weight together; bitsandbytes does the same
-    kind = x.device.type
-    wanted = x.dtype
-    if torch.is_autocast_enabled(kind):
-        wanted = torch.get_autocast_dtype(kind)
-    elif not hasattr(base.weight, "quant_state"):
-        wanted = base.weight.dtype
-    with torch.autocast(kind, enabled=False):
+    # 4-bit weights have no precision of their own
+    wanted = computed_in(x if hasattr(base.weight, "quant_state") else base.weight)
+    with torch.autocast(x.device.type, enabled=False):
         return LeanLinear.apply(
             x.to(wanted),
             base.weight,

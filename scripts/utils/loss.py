@@ -56,25 +56,6 @@ def fused_loss(model: Any, row: Row) -> "torch.Tensor":
     return model(**inputs(model, row), labels=labels).loss * (labels != IGNORE).sum()
 
 
-def mixed(loss: Loss, device: str, precision: str) -> Loss:
-    """``loss``, computed by a model whose weights stay in fp32 while its products are in ``precision`` (autocast).
-
-    Neither transformers nor Accelerate does it for us: the one does nothing, the other wraps the model's own forward, which
-    ``summed_loss`` does not call.
-    """
-    import torch
-
-    if precision == "fp32":
-        return loss
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-    def computed(model: Any, row: Row) -> torch.Tensor:
-        with torch.autocast(device, dtype=dtype):
-            return loss(model, row)
-
-    return computed
-
-
 def inputs(model: Any, row: Row) -> dict[str, Any]:
     from scripts.utils.attention import is_segmented
 

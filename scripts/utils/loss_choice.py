@@ -11,7 +11,6 @@ from scripts.utils.loss import (
     Loss,
     find_exact,
     fused_loss,
-    mixed,
     plain_loss,
     summed_loss,
     tolerance,
@@ -19,16 +18,19 @@ from scripts.utils.loss import (
 )
 
 if TYPE_CHECKING:
+    from scripts.utils.hardware import Precision
     from scripts.utils.schema import Config
 
 
 def choose_loss(
-    config: "Config", model: Any, examples: Sequence[Encoded], precision: str, fused: bool
+    config: "Config", model: Any, examples: Sequence[Encoded], precision: "Precision", fused: bool
 ) -> tuple[Loss, Exact]:
     """The loss, and the ways of computing it that the config wants and that are equal to the plain one on this model.
 
     Full tuning compares them in fp32, as its weights are, and then computes in ``precision``.
     """
+    from scripts.utils.autocast import mixed
+    from scripts.utils.backends import torch_dtype
     from scripts.utils.offload import computing_device
 
     loss: Loss = fused_loss if fused else summed_loss
@@ -60,5 +62,5 @@ def choose_loss(
         return loss, exact
     chosen = loss if exact.chunked else whole_loss
     if config.tuning.mode == "full":
-        chosen = mixed(chosen, computing_device(model).type, precision)
+        chosen = mixed(chosen, computing_device(model).type, torch_dtype(precision))
     return chosen, exact

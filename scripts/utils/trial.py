@@ -1,6 +1,7 @@
 """A trial: something that may crash or hang, run in a child process with a limit on its time; whatever happens is told.
 
-The child (``trial_child``) says one JSON object a line; libraries print their own lines to the same place.
+The child (``trial_child``, or Unsloth's ``unsloth_child``) says one JSON object a line; libraries print their own lines to
+the same place.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from scripts.utils import servers
@@ -31,26 +33,35 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ended:
-    """What the child said, and in ``reason`` how it ended where it did not end well (else empty)."""
+    """What the child said, its exit ``code`` (None: its time was up), and the last line that was not its own.
+
+    ``reason`` says how it ended where it did not end well, else it is empty.
+    """
 
     said: list[dict[str, Any]]
+    code: int | None
+    last: str
     reason: str
-    hung: bool = False
+
+    @property
+    def hung(self) -> bool:
+        return self.code is None
 
     def get(self, key: str) -> Any:
         """What was said last under ``key``, or None."""
         return next((line[key] for line in reversed(self.said) if key in line), None)
 
 
-def start(kind: str, question: dict[str, Any]) -> Trial:
-    """Start the trial ``kind`` of ``trial_child``; ``question`` reaches it through its standard input."""
+def start(*words: str, question: dict[str, Any], folder: Path | None = None) -> Trial:
+    """Start a module of scripts.utils with its arguments, in ``folder``; ``question`` reaches it through its standard input."""
     path = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
     output = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed by ``finish``
     with tempfile.TemporaryFile("w+b") as asked:
         asked.write(json.dumps(question).encode())
         asked.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-X", "faulthandler", "-m", "scripts.utils.trial_child", kind],
+            [sys.executable, "-P", "-X", "faulthandler", "-m", *words],
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": path},
             stdin=asked,
             stdout=output,  # a file: a library may leave workers behind that would hold a pipe open
@@ -72,7 +83,8 @@ def finish(trial: Trial, seconds: float = SECONDS) -> Ended:
     lines = trial.output.read().decode(errors="replace").splitlines()
     trial.output.close()
     said = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
-    return Ended(said, _reason(code, seconds, said, lines), code is None)
+    last = next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith(MARK)), "no message")
+    return Ended(said, code, last[:300], _reason(code, seconds, said, last[:300]))
 
 
 def stop(trial: Trial) -> None:
@@ -81,7 +93,7 @@ def stop(trial: Trial) -> None:
     trial.process.wait()
 
 
-def _reason(code: int | None, seconds: float, said: list[dict[str, Any]], lines: list[str]) -> str:
+def _reason(code: int | None, seconds: float, said: list[dict[str, Any]], last: str) -> str:
     if code == 0:
         return ""
     stage = next((line["stage"] for line in reversed(said) if "stage" in line), "starting")
@@ -89,5 +101,4 @@ def _reason(code: int | None, seconds: float, said: list[dict[str, Any]], lines:
         return f"it did not end within {seconds:g} seconds, while {stage}"
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name} while {stage}"
-    other = [line.strip() for line in lines if line.strip() and not line.startswith(MARK)]
-    return f"it ended with code {code} while {stage}: {other[-1][:300] if other else 'no message'}"
+    return f"it ended with code {code} while {stage}: {last}"

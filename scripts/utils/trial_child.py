@@ -1,6 +1,6 @@
 """The child of ``trial``: torch on this device, attention, bitsandbytes, and the first rows, each of which may crash.
 
-What ran on a GPU is in docs/check.md; the checks of CUDA's own kernels are marked there as not yet run.
+What ran on a GPU is in docs/check.md.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def difference(attend: Attend, device: str, precision: "Precision") -> float:
 
 
 def cuda_kernels(precision: "Precision") -> list[str]:
-    """Which of CUDA's kernels for attention run here, forward and backward, and are right. Not yet run on a GPU."""
+    """Which of CUDA's kernels for attention run here, forward and backward, and are right."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scripts.utils import backends, hardware, unsloth_probe
+from scripts.utils import backends, hardware, trial, unsloth_probe
 from scripts.utils.encoding import Encoded
 from scripts.utils.loss import fused_loss, on_device
 from scripts.utils.packing import to_row
@@ -24,7 +24,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 def _say(line: dict[str, Any]) -> None:
-    print(f"\n{unsloth_probe.MARK}{json.dumps(line)}", flush=True)
+    print(f"\n{trial.MARK}{json.dumps(line)}", flush=True)
 
 
 def main(question: dict[str, Any]) -> None:
@@ -209,4 +209,4 @@ def broken_package(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.stdin.read()))

@@ -6,11 +6,9 @@ may have mended something that has no version. A crash or a hang is never kept.
 """
 
 import contextlib
-import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scripts.utils import console, files, hardware, servers
+from scripts.utils import console, files, hardware, trial
 from scripts.utils.errors import MachineError, RefusedError
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["absent", "accelerator", "import", "architecture", "step", "crash", "hang"]
 SECONDS = 300  # 25 s on two slow cores; 117 s on an H100, where the kernels are compiled first
-MARK = "sft-probe "  # begins the child's lines: Unsloth prints its own to the same place
 _TRUSTED_SECONDS = 3600
 _PACKAGES = (
     "unsloth unsloth_zoo torch transformers peft bitsandbytes xformers triton torchvision flash_attn trl accelerate"
@@ -121,38 +118,21 @@ def version(package: str) -> str | None:
 
 def _ask(question: dict[str, Any], seconds: float) -> tuple[Verdict, str]:
     """Run the child to its end; the verdict, and the stage that it came to."""
-    path = os.pathsep.join(filter(None, (str(files.REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryDirectory(prefix="sft-probe-") as folder, tempfile.TemporaryFile("w+b") as output:
-        # output to a file and a session of its own: Unsloth may leave workers behind that would hold a pipe open
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "scripts.utils.unsloth_child", json.dumps(question)],
-            cwd=folder,  # Unsloth writes its compiled code into the current folder
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    with tempfile.TemporaryDirectory(
+        prefix="sft-probe-"
+    ) as folder:  # Unsloth writes its compiled code into the current one
+        ended = trial.finish(
+            trial.start("scripts.utils.unsloth_child", question=question, folder=Path(folder)), seconds
         )
-        try:
-            code: int | None = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            servers.kill_session(child)
-            child.wait()
-        output.seek(0)
-        lines = output.read().decode(errors="replace").splitlines()
-    said = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
-    stage = next((line["stage"] for line in reversed(said) if "stage" in line), "start")
-    if said and "verdict" in said[-1]:
-        return Verdict(**said[-1]["verdict"]), stage
+    stage = ended.get("stage") or "start"
+    if ended.said and "verdict" in ended.said[-1]:
+        return Verdict(**ended.said[-1]["verdict"]), stage
     where = f"while it was trying {_STAGES[stage]}"
-    if code is None:
+    if ended.code is None:
         return Verdict(f"its trial did not end within {seconds:g} seconds ({where})", "hang"), stage
-    if code < 0:
-        return Verdict(f"its trial was ended by {signal.Signals(-code).name} {where}", "crash"), stage
-    last = next((line for line in reversed(lines) if line.strip() and not line.startswith(MARK)), "no message")
-    return Verdict(f"its trial ended with code {code} {where}: {last.strip()[:300]}", "crash"), stage
+    if ended.code < 0:
+        return Verdict(f"its trial was ended by {signal.Signals(-ended.code).name} {where}", "crash"), stage
+    return Verdict(f"its trial ended with code {ended.code} {where}: {ended.last}", "crash"), stage
 
 
 _STAGES = {
