@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # each imports only from the lines above its own; a new file must be given a floor
 FLOORS = """
-errors schema console environment template_child scoring overlap intervals
+stop_signals errors schema console environment template_child scoring overlap intervals
 lifetime growing autocast
 workers ranks findings
 files yaml_text sweep_schema gguf_file unpacked turns template_guard literals lengths spans servers sampling json_schema chat_input

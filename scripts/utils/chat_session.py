@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.utils import chat_input, console, conversation, speaking
+from scripts.utils import chat_input, console, conversation, speaking, stop_signals
 from scripts.utils.conversation import Exchange
 from scripts.utils.errors import SFTError
 from scripts.utils.trained import Trained, adapter_off
@@ -49,6 +49,7 @@ def chat(trained: Trained, settings: "InferSection", system: str | None, schema:
             console.result()
             return
         except KeyboardInterrupt:
+            stop_signals.answered()
             console.result()
             if interrupted:
                 return

@@ -7,12 +7,11 @@ exception into an exit code.
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import console, environment, ranks
+from scripts.utils import console, environment, ranks, stop_signals
 from scripts.utils.errors import MachineError, SFTError
 from scripts.utils.files import REPO_ROOT
 
@@ -130,13 +129,13 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
         return code
 
     try:
-        signal.signal(signal.SIGTERM, _terminate)
-        code = start() or 0
+        with stop_signals.raised():
+            code = start() or 0
     except SFTError as problem:
         code = tell(problem.message, problem.hint, problem.exit_code, isinstance(problem, ranks.LostPeer))
     except KeyboardInterrupt:
         code = tell("interrupted", "run the same command again to go on", 130)
-    except _Terminated:
+    except stop_signals.Terminated:
         code = tell("terminated", "run the same command again to go on", 143)
     except BrokenPipeError:
         # the reader of our output went away (`| head`); Python would complain once more at exit
@@ -148,11 +147,3 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
         # make turns a failed recipe into its own exit 2, so the real code is said here
         print(f"{name}: exit code {code}", file=sys.stderr, flush=True)
     return code
-
-
-class _Terminated(BaseException):
-    pass
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
