@@ -9,55 +9,12 @@ SHELL := bash
 
 # The user's variables reach the scripts as SFT_<NAME>, through the environment. They are never pasted into a recipe:
 # a quote, a backtick or a $ in them would be run as shell code.
-unexport CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB
-unexport TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB
-unexport QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY JOBS MACHINES MACHINE MAIN
-unexport JSON
-export SFT_CONFIG = $(value CONFIG)
-export SFT_RUN = $(value RUN)
-export SFT_SET = $(value SET)
-export SFT_STYLE = $(value STYLE)
-export SFT_STYLE_MODE = $(value STYLE_MODE)
-export SFT_RAW = $(value RAW)
-export SFT_SPLIT = $(value SPLIT)
-export SFT_LIMIT = $(value LIMIT)
-export SFT_MODEL = $(value MODEL)
-export SFT_PORT = $(value PORT)
-export SFT_NPROC = $(value NPROC)
-export SFT_RESUME = $(value RESUME)
-export SFT_FORCE = $(value FORCE)
-export SFT_EXTRAS = $(value EXTRAS)
-export SFT_TORCH = $(value TORCH)
-export SFT_PYTHON = $(value PYTHON)
-export SFT_YES = $(value YES)
-export SFT_KEEP_TB = $(value KEEP_TB)
-export SFT_TASKS = $(value TASKS)
-export SFT_PROMPT = $(value PROMPT)
-export SFT_INPUT = $(value INPUT)
-export SFT_OUTPUT = $(value OUTPUT)
-export SFT_WHICH = $(value WHICH)
-export SFT_LISTEN = $(value LISTEN)
-export SFT_ENGINE = $(value ENGINE)
-export SFT_CLEAR = $(value CLEAR)
-export SFT_KILLS = $(value KILLS)
-export SFT_ROW = $(value ROW)
-export SFT_IDS = $(value IDS)
-export SFT_ROWS = $(value ROWS)
-export SFT_GPU_GB = $(value GPU_GB)
-export SFT_ROUNDS = $(value ROUNDS)
-export SFT_PRECISION = $(value PRECISION)
-export SFT_QUANT = $(value QUANT)
-export SFT_CONVERTER = $(value CONVERTER)
-export SFT_REPO = $(value REPO)
-export SFT_DRY_RUN = $(value DRY_RUN)
-export SFT_PUBLIC = $(value PUBLIC)
-export SFT_JSON = $(value JSON)
-export SFT_SWEEP = $(value SWEEP)
-export SFT_JOBS = $(value JOBS)
-export SFT_BY = $(value BY)
-export SFT_MACHINES = $(value MACHINES)
-export SFT_MACHINE = $(value MACHINE)
-export SFT_MAIN = $(value MAIN)
+VARIABLES := CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB \
+    TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB QUANT CONVERTER REPO \
+    DRY_RUN PUBLIC SWEEP BY JOBS MACHINES MACHINE MAIN JSON
+unexport $(VARIABLES)
+$(foreach name,$(VARIABLES),$(eval export SFT_$(name) = $$(value $(name))))
+
 # with it torch and transformers are compiled anew at every start
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -69,6 +26,19 @@ PY = "$$SFT_ENV_PYTHON"
 # for what must work before install too
 export SFT_ANY_PYTHON := $(or $(wildcard $(SFT_ENV_PYTHON)),python3)
 ANY_PY = "$$SFT_ANY_PYTHON"
+
+# `make train CONFG=x` must not train the default config: a name after `make` that is neither a variable above nor one
+# that a library reads from the environment is refused
+LIBRARIES = CUDA_% HF_% HUGGINGFACE_% TRANSFORMERS_% TORCH_% PYTORCH_% TOKENIZERS_% UNSLOTH_% NCCL_% GLOO_% OMP_% MKL_% \
+    WANDB_% TRACKIO_% TENSORBOARD_% PIP_% UV_% SFT_% SERVE_API_KEY %_PROXY %_proxy TMPDIR NO_COLOR COLUMNS SHELL MAKE%
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(subst ',,$(firstword $(filter-out $(VARIABLES) $(LIBRARIES),$(GIVEN))))
+ifneq ($(UNKNOWN),)
+    NEAREST := $(shell '$(SFT_ANY_PYTHON)' -c 'import difflib, sys; \
+        print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0.75))' '$(UNKNOWN)' $(VARIABLES))
+    $(error $(UNKNOWN)= is no variable of this project$(if $(NEAREST),; did you mean $(NEAREST)=?,.) `make` lists them. \
+        A setting of the run: SET="section.key=value". For the environment: $(UNKNOWN)=... before make)
+endif
 
 train-bnb train-bnb-tb: export SFT_BACKEND = bitsandbytes
 train-unsloth train-unsloth-tb: export SFT_BACKEND = unsloth

@@ -124,7 +124,7 @@ def machine() -> Iterator[Finding]:
 
 def on_device(arguments: argparse.Namespace, config: Config, found: Hardware | None) -> Generator[Finding, None, bool]:
     """The config against the device (for the memory: against that of GPU_GB); returns whether bitsandbytes will run."""
-    yield from doctor_config.trackers(config)
+    yield from doctor_config.tracking(config)
     yield from doctor_config.engine(config)
     if found is None:
         return True

@@ -77,6 +77,25 @@ def test_prompt_is_one_argument_whatever_it_holds(recorded, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("CONFG=configs/quickstart.yaml", "did you mean CONFIG=?"),
+        ("config=configs/quickstart.yaml", "did you mean CONFIG=?"),
+        ("SEED=3", 'SET="section.key=value"'),
+        ("se'ed`$$x=3", "is no variable"),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_refused_before_anything_is_run(tmp_path, word, said):
+    done = run(["make", "-f", ROOT / "Makefile", "process", word], tmp_path)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_libraries_read_passes_through_make(recorded):
+    assert recorded("process", "CUDA_VISIBLE_DEVICES=1", "HF_TOKEN=x", "OMP_NUM_THREADS=2")
+
+
 def test_what_is_not_given_arrives_empty(recorded):
     (call,) = recorded("process")
     assert {v for k, v in call["given"].items() if k not in ("SFT_ENV_PYTHON", "SFT_ANY_PYTHON")} == {""}

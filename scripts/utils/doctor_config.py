@@ -5,7 +5,6 @@ Imports nothing heavy: what torch and transformers say of this machine comes fro
 
 import contextlib
 from collections.abc import Generator, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from scripts.utils import (
     planning,
     sharding,
     stamp,
+    trackers,
     unsloth_probe,
 )
 from scripts.utils.config import run_name
@@ -48,12 +48,13 @@ def named_files(config: "Config") -> Iterator[Finding]:
         yield fault("config", "file-missing", text, "name a finished run (ls adapters), or the adapter's folder", USER)
 
 
-def trackers(config: "Config") -> Iterator[Finding]:
-    """Trackers that are asked for and cannot be had."""
+def tracking(config: "Config") -> Iterator[Finding]:
+    """Trackers that are asked for and cannot be had; TensorBoard is among the packages, which have lines of their own."""
     for name in config.tracking.report_to:
-        if name != "tensorboard" and find_spec(name) is None:  # that one is in the base install
-            text = f"tracking.report_to asks for {name}, which is not installed"
-            yield fault("trackers", "tracker-missing", text, f"make install EXTRAS={name}, or take it out")
+        try:
+            trackers.check_installed([name] if name != "tensorboard" else [])
+        except MachineError as problem:
+            yield from_problem("trackers", "tracker-missing", problem)
 
 
 def engine(config: "Config") -> Iterator[Finding]:
