@@ -34,7 +34,7 @@ data_hub reading hub_push sweep_places train_words
 model_store schedule sweep_jobs loss_choice
 model_card forecast doctor_hub doctor_config
 adapters sweep_table tally sources unsloth_child shown grouping row_losses doctor_trials
-data_report run_report_curves run_report_facts run_report_style run_report_words
+saving data_report run_report_curves run_report_facts run_report_style run_report_words
 spool run_report_rows run_report_scores leaderboard_ranking
 leaderboard_table
 leaderboard_plots

@@ -130,7 +130,8 @@ def test_every_item_is_dealt_once_and_evenly_where_asked(count: int, items: int,
 def test_a_steps_rows_are_computed_once_each_whatever_the_number_of_processes(
     step: list[list[int]], count: int, divisor: int, shared: bool, sharded: bool
 ) -> None:
-    from scripts.utils.training import RunState, SFTTrainer
+    from scripts.utils.saving import RunState
+    from scripts.utils.training import SFTTrainer
 
     lengths = [length for row in step for length in row]
     numbers = iter(range(len(lengths)))
