@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.utils import command, console, files, lifetime, servers
+from scripts.utils import command, console, files, lifetime, servers, stop_signals
 from scripts.utils.errors import MachineError, UserError
 
 HOST = servers.LOOPBACK
@@ -158,9 +158,9 @@ def beside(words: Sequence[str], port_text: str | None, *, keep: bool) -> int:
 
 
 def _run(words: Sequence[str], board: subprocess.Popen[bytes] | None) -> int:
+    console.outlast_readers()
     arrived: list[int] = []
-    for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(handled, lambda caught, frame: arrived.append(caught))
+    stop_signals.handle(lambda caught, frame: arrived.append(caught))
     try:
         # a session of its own: a Ctrl-C on the terminal reaches it through this process only, so never twice
         child = subprocess.Popen(words, start_new_session=True, preexec_fn=lifetime.in_child)  # noqa: PLW1509
@@ -168,9 +168,7 @@ def _run(words: Sequence[str], board: subprocess.Popen[bytes] | None) -> int:
         raise UserError(f"{words[0]}: cannot be run ({error.strerror})", "check the command after --") from error
     while True:
         while arrived:
-            number = arrived.pop(0)
-            # a closed terminal means: save and end, as SIGTERM does
-            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            child.send_signal(arrived.pop(0))
         try:
             code = child.wait(0.2)
             break
@@ -183,7 +181,7 @@ def _run(words: Sequence[str], board: subprocess.Popen[bytes] | None) -> int:
         # it could not say its last line itself
         console.error(f"the run was ended by signal {-code} ({signal.Signals(-code).name})")
         code = 128 - code
-        print(f"sft-board: exit code {code}", file=sys.stderr, flush=True)
+        console.exit_code("sft-board", code)
     return code
 
 

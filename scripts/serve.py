@@ -115,8 +115,6 @@ def engine(question: Question) -> "Iterator[subprocess.Popen[bytes]]":
         start_new_session=True,  # a Ctrl-C on the terminal reaches it through this process only
         preexec_fn=lifetime.in_child,  # noqa: PLW1509 - this process has no threads
     )
-    if hasattr(signal, "SIGHUP"):  # Windows has none
-        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     try:
         yield child
     finally:

@@ -83,6 +83,7 @@ def work(arguments: argparse.Namespace, config: "Config") -> None:
     if arguments.show_stamp:
         train_words.show_stamp(arguments.show_stamp)
         return
+    console.outlast_readers()
     run = run_name(config, arguments.config)
     folder = stamp.run_folder(run)
     trackers.check_installed(config.tracking.report_to)

@@ -32,7 +32,7 @@ LETTERS = st.characters(exclude_categories=("Cs",)).filter(expressible)
     words=st.lists(st.text(LETTERS, max_size=12) | st.sampled_from(["\n\n", "\n", END, "<|im_start|>"]), max_size=40),
     limit=st.integers(16, 64),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_parts_fit_and_joined_are_the_text_with_one_end_token(words: list[str], limit: int) -> None:
     text, tokenizer = " ".join(words) + "x", smollm2_tokenizer()
     made = parts_of(text, limit)

@@ -138,7 +138,7 @@ def test_every_template_here_is_a_family() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_odd_conversations_train_their_answers_and_forge_nothing(name: str, data: st.DataObject) -> None:
     (tokenizer, t), family = made(name), FAMILIES[name]
     control = [family.begin, family.end, *family.special]
@@ -169,7 +169,7 @@ def test_odd_conversations_train_their_answers_and_forge_nothing(name: str, data
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_server_that_uses_the_template_by_itself_sends_the_same_ids(name: str, data: st.DataObject) -> None:
     tokenizer, t = made(name)
     # an answer that begins with space is another matter: a model that writes it begins a new token there

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import process
@@ -78,7 +78,7 @@ ROW = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(data=st.lists(ROW, min_size=1, max_size=25), mode=st.sampled_from(["report", "remove", "off"]))
 def test_what_belongs_together_never_straddles_splits(run, data, mode):
     write("a.jsonl", data)
@@ -104,7 +104,7 @@ def are_near(first: dict, second: dict) -> bool:
     return in_one_bucket and float((both[0] == both[1]).mean()) >= 0.8
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.lists(ROW, min_size=2, max_size=25), cut=st.integers(1, 24))
 def test_appended_rows_move_no_old_row(run, data, cut):
     # a first row that is in train by itself, so that no split is filled up from another

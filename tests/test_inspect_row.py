@@ -35,7 +35,7 @@ def prepared(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> N
     )
 )
 @example(pieces=["\ufffd\U00010000"])  # a replacement character of the text itself is no half of the next one
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pieces_joined_are_what_the_ids_spell_and_what_is_trained_is_marked(pieces: list[str]) -> None:
     tokenizer, text = smollm2_tokenizer(), "".join(pieces)
     first = len(pieces[0])

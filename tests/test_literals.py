@@ -43,7 +43,7 @@ def harmless(text: str) -> str:
 
 @pytest.mark.parametrize("name", ALL)
 @given(contents=st.lists(texts, min_size=2, max_size=6), system=texts | st.none())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_message_writes_a_control_token(name: str, contents: list[str], system: str | None) -> None:
     tokenizer, t = smollm2_tokenizer(), ALL[name]()
     contents, system = contents[: len(contents) // 2 * 2], None if name == "strict" else system
@@ -150,7 +150,7 @@ def sentencepiece_like() -> Any:
 
 
 @given(contents=st.lists(st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "[INST]", "é", "w", " ", "<", "s>"]), min_size=1).map("".join), min_size=4, max_size=4))  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_tokenizer_that_puts_a_space_before_every_text_keeps_look_alikes_apart_too(contents: list[str]) -> None:
     tokenizer = sentencepiece_like()
     t = template(

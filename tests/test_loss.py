@@ -56,7 +56,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_examples_alone(name: str
     assert model.config._attn_implementation == "sdpa", "as it was"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 300), st.integers(0, 150), st.sampled_from([0, 7, 100]),
     st.sampled_from([(4, 4), (6, 2), (4, 1)]), st.sampled_from([None, 0.3]),
@@ -180,7 +180,7 @@ def size_of(group: list[Encoded]) -> int:
 
 
 @given(many(), st.integers(1, 120), st.booleans(), st.integers(0, 5))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_example_is_in_one_row_that_fits(rows: list[Encoded], budget: int, packing: bool, seed: int) -> None:
     made = make_rows(rows, budget=budget, batch_size=3, packing=packing, seed=seed)
     assert made == make_rows(rows, budget=budget, batch_size=3, packing=packing, seed=seed)
@@ -190,7 +190,7 @@ def test_every_example_is_in_one_row_that_fits(rows: list[Encoded], budget: int,
 
 
 @given(many(), st.integers(1, 120), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_with_shared_beginnings_hold_what_they_are_given_and_fit(
     rows: list[Encoded], budget: int, data: st.DataObject
 ) -> None:
@@ -201,7 +201,7 @@ def test_rows_with_shared_beginnings_hold_what_they_are_given_and_fit(
 
 
 @given(many())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_row_holds_each_example_behind_its_beginning_and_each_label_once(rows: list[Encoded]) -> None:
     row = to_row(rows, shared=True)
     ids, positions, labels = (row[name][0].tolist() for name in ("input_ids", "position_ids", "shift_labels"))
@@ -303,7 +303,7 @@ def test_a_model_that_hands_nothing_on_to_its_attention_is_packed_by_its_own_mas
     assert batch_loss(model, examples(), 4000, exact=exact)[0] == pytest.approx(alone, rel=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.sampled_from([0, 20, 40]), st.integers(0, 10**6))
 def test_what_the_variable_length_kernel_is_told_is_what_segments_say(count: int, prefix: int, seed: int) -> None:
     """Its queries and keys, cut as it cuts them, give the attention that segments one by one give; the kernel itself needs a card."""

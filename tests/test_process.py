@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import process
@@ -77,7 +77,7 @@ def test_rows_in_are_rows_out_rejected_and_duplicates(run, capsys):
     assert "read as pairs (question → user, answer → assistant)" in shown.err
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(lines=st.lists(st.sampled_from(["", "{", "3", "{}", '{"question": 1, "answer": null}', pairs("a"), pairs("b"), pairs("a", answer="b")])))  # fmt: skip
 def test_counts_add_up_whatever_the_lines(run, lines):
     text = pairs("first") + "\n".join(line.strip() for line in lines)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.utils import records
@@ -302,7 +302,6 @@ def test_csv_keeps_quotes_newlines_and_long_fields(tmp_path):
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
-@settings(deadline=None)
 @given(question=text, answer=text)
 def test_any_text_survives_letter_by_letter(tmp_path_factory, question, answer):
     tmp_path = tmp_path_factory.mktemp("text")
@@ -319,7 +318,6 @@ anything = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(row=st.dictionaries(st.sampled_from(["messages", "conversations", "instruction", "input", "output", "history", "tools", "system", "weight"]), anything, min_size=1))  # fmt: skip
 def test_any_json_row_is_kept_or_rejected_but_never_a_crash(tmp_path_factory, row):
     try:
@@ -330,7 +328,6 @@ def test_any_json_row_is_kept_or_rejected_but_never_a_crash(tmp_path_factory, ro
         assert bool(record.content) != bool(record.reason)
 
 
-@settings(deadline=None)
 @given(content=st.binary(max_size=200), name=st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.tsv"]))
 def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory, content, name):
     path = tmp_path_factory.mktemp("bytes") / name
@@ -347,7 +344,6 @@ def test_split_depends_on_the_question_alone():
     assert question_hash(one, 0) == question_hash(two, 0) != question_hash(one, 1)
 
 
-@settings(deadline=None)
 @given(question=st.binary(min_size=16, max_size=16), val=st.floats(0, 0.4), test=st.floats(0, 0.5))
 def test_changing_the_val_share_moves_no_test_row(question, val, test):
     assert (split_of(question, val, test) == "test") == (split_of(question, 0, test) == "test")

@@ -24,7 +24,7 @@ def seen(schedule: Schedule, start: int = 0, stop: int | None = None) -> Counter
 
 
 @given(st.integers(1, 80), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whole_epochs_hold_each_example_once_each(
     count: int, epochs: int, group: int, packing: bool, batch: int
 ) -> None:

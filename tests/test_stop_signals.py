@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from tests.commands import ROOT, environment
 
-BOTH = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+ALL = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")]
 
 
 def step(work: str, number: signal.Signals) -> "subprocess.CompletedProcess[str]":
@@ -33,7 +34,7 @@ sys.exit(command.guard("sft-test", start))
     return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize(("number", "code", "word"), BOTH)
+@pytest.mark.parametrize(("number", "code", "word"), ALL)
 @pytest.mark.parametrize(
     "work",
     [
@@ -93,6 +94,54 @@ def test_it_gets_through(work: str, number: signal.Signals, code: int, word: str
         "hint: run the same command again to go on",
         f"sft-test: exit code {code}",
     ]
+
+
+TWICE = """
+from pathlib import Path
+try:
+    stop()
+    time.sleep(30)
+finally:
+    stop()
+    print("cleaned up", flush=True)
+"""
+
+
+def test_what_make_hands_on_once_more_does_not_cut_the_cleaning_up_short() -> None:
+    done = step(TWICE, signal.SIGTERM)
+    assert done.returncode == 143 and done.stdout == "cleaned up\n", done.stderr
+    assert done.stderr.splitlines()[0] == "error: terminated" and "Traceback" not in done.stderr
+
+
+def test_a_second_ctrl_c_ends_it_at_once() -> None:
+    done = step(TWICE, signal.SIGINT)
+    assert done.returncode == 130 and done.stdout == "", done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_once_all_is_said_a_signal_ends_it_without_a_traceback(number: signal.Signals) -> None:
+    work = """
+    import atexit
+    def late():
+        time.sleep(5.1)  # longer than a second SIGTERM counts as an echo
+        stop()
+        time.sleep(30)
+    atexit.register(late)
+    stop()
+    time.sleep(30)
+    """
+    done = step(work, number)
+    assert done.returncode == -number and "Traceback" not in done.stderr
+
+
+def test_while_its_modules_load_a_ctrl_c_ends_a_step_without_a_traceback(tmp_path: Path) -> None:
+    slow = tmp_path / "yaml.py"
+    slow.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    words = [sys.executable, ROOT / "scripts" / "render.py"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode in (130, -signal.SIGINT) and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_finalizers_own_error_is_still_shown() -> None:

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import support_bundle
@@ -194,7 +194,7 @@ TOKENS = st.one_of(
 )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     token=TOKENS,
     how=st.sampled_from([str, lambda s: json.dumps(s)[1:-1], lambda s: urllib.parse.quote(s, safe=""), html.escape]),

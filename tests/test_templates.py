@@ -68,7 +68,7 @@ def test_a_conversation_has_the_familys_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_trained_tokens_are_the_answers_with_their_end_tokens(name: str, data: st.DataObject) -> None:
     tokenizer, (begin, end, others) = family_tokenizer(name), FAMILIES[name]
     t = choose_template(tokenizer, name)

@@ -1,11 +1,16 @@
 """train: what the config says is what runs, what the stamp says is what ran, and nothing is lost on the way."""
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from scripts import process, render, train
 from scripts.utils import callbacks, checkpoints, files, stamp
 from scripts.utils.config import load_config
 from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
+from tests.commands import ROOT, environment
 
 RUN = "tiny-sums"
 
@@ -295,6 +301,71 @@ def test_sigterm_saves_and_ends_with_143(project: Callable[..., Path], monkeypat
     with pytest.raises(Interrupted) as caught:
         run_steps()
     assert caught.value.exit_code == 143 and (Path("outputs") / RUN / "checkpoint-2").is_dir()
+
+
+def end_by_ctrl_c_with_tee(process: "subprocess.Popen[bytes]", reader: int) -> None:
+    os.close(reader)  # `| tee` ends by the same Ctrl-C
+    process.send_signal(signal.SIGINT)
+
+
+def end_by_sigterm_to_all(process: "subprocess.Popen[bytes]", reader: int) -> None:
+    for _ in range(2):  # to the whole process group; and make hands on what it has got
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+
+
+def end_by_closed_terminal(process: "subprocess.Popen[bytes]", reader: int) -> None:
+    os.close(reader)  # the system sends SIGHUP, and every word that is written fails from now on
+    time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGHUP)  # and so does the shell
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(end_by_ctrl_c_with_tee, 130), (end_by_sigterm_to_all, 143), (end_by_closed_terminal, 129)]
+)
+def test_a_run_is_saved_though_nobody_is_left_to_read_or_the_signal_comes_twice(
+    project: Callable[..., Path], end: Callable[["subprocess.Popen[bytes]", int], None], code: int
+) -> None:
+    project(max_steps=2000)
+    config = load_config("tiny.yaml")
+    for module in (process, render):
+        module.work(module.build_parser().parse_args(["--config", "tiny.yaml"]), config)
+    terminal = end is end_by_closed_terminal
+    reader, writer = os.openpty() if terminal else os.pipe()
+
+    def in_child() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):  # whatever this test was started with
+            signal.signal(number, signal.SIG_DFL)
+        if terminal:
+            fcntl.ioctl(writer, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "train.py", "--config", "tiny.yaml"],
+        env=environment(),
+        stdin=writer if terminal else subprocess.DEVNULL,
+        stdout=writer,
+        stderr=writer,
+        start_new_session=True,
+        preexec_fn=in_child,  # noqa: PLW1509 - it starts no threads
+    ) as child:
+        os.close(writer)
+        seen = b""
+        while b"step 2/2000" not in seen:
+            more = os.read(reader, 4096)
+            assert more, seen.decode()
+            seen += more
+        end(child, reader)
+        if end is end_by_sigterm_to_all:
+            while more := os.read(reader, 4096):
+                seen += more
+            os.close(reader)
+            assert b"error: stopped at step" in seen and b"Traceback" not in seen, seen.decode()
+        assert child.wait(60) == code
+    [last] = stamp.require(RUN)["starts"]
+    assert last["ended"] == "interrupted"
+    newest, _ = checkpoints.newest_whole(Path("outputs") / RUN)
+    assert newest == Path("outputs") / RUN / f"checkpoint-{last['step']}"
 
 
 @pytest.mark.slow

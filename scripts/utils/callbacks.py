@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from scripts.utils import console, ranks, resume, trackers
+from scripts.utils import console, ranks, resume, stop_signals, trackers
 
 if TYPE_CHECKING:
     from scripts.utils.training import SFTTrainer
-
-
-_ONE_WISH = 5.0  # seconds
 
 
 class Rhythm(TrainerCallback):
@@ -30,28 +27,24 @@ class Rhythm(TrainerCallback):
         trainer.begin_sharing()
         trainer.try_save()
 
-        asked_at = 0.0
-
         def ask_to_stop(number: int, frame: object) -> None:
-            nonlocal asked_at
+            # a launcher and the terminal each tell every rank
+            if stop_signals.is_echo(number, of_any=ranks.world_size() > 1):
+                return
             if trainer.run_state.asked_signal is not None:
-                # a launcher and a cluster's manager each send it to every rank: that is one wish, not two
-                if ranks.world_size() > 1 and time.monotonic() - asked_at < _ONE_WISH:
-                    return
-                raise KeyboardInterrupt  # the second time at once
-            trainer.run_state.asked_signal, asked_at = number, time.monotonic()
+                raise stop_signals.exception(number)  # the second time at once
+            trainer.run_state.asked_signal = number
             if ranks.world_size() > 1:
                 return  # one of them cannot stop alone: they agree on it in the next step, and say so
             trainer.run_state.stop_signal = number
-            console.note(
+            console.note_in_handler(
                 "train", "stopping after this step and saving; press Ctrl-C again to stop at once, without saving"
             )
 
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = stop_signals.handle(ask_to_stop)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        stop_signals.put_back(self.handlers)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer_of().refuse_broken_weights()

@@ -124,6 +124,7 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
     def tell(message: str, hint: str, code: int, lost: bool = False) -> int:
         nonlocal told
         told = ranks.report(message, hint, code, lost=lost)
+        console.outlast_readers()  # the exit code counts, whether anyone is left to read or not
         if not told:
             console.error(message, hint)
         return code
@@ -135,8 +136,8 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
         code = tell(problem.message, problem.hint, problem.exit_code, isinstance(problem, ranks.LostPeer))
     except KeyboardInterrupt:
         code = tell("interrupted", "run the same command again to go on", 130)
-    except stop_signals.Terminated:
-        code = tell("terminated", "run the same command again to go on", 143)
+    except stop_signals.Terminated as problem:
+        code = tell("terminated", "run the same command again to go on", 128 + problem.args[0])
     except BrokenPipeError:
         # the reader of our output went away (`| head`); Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,6 +145,5 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
     except MemoryError:
         code = tell("out of memory", "lower train.batch_size or render.max_length", MachineError.exit_code)
     if code and not told:
-        # make turns a failed recipe into its own exit 2, so the real code is said here
-        print(f"{name}: exit code {code}", file=sys.stderr, flush=True)
+        console.exit_code(name, code)
     return code

@@ -3,6 +3,8 @@
 Progress, notes and errors go to stderr; results go to stdout, so that they can be piped.
 """
 
+import contextlib
+import errno
 import os
 import sys
 import time
@@ -21,23 +23,58 @@ def paint(text: str, colour: str, stream: TextIO) -> str:
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if use_colour(stream) else text
 
 
+_outlasts = False  # whether the work goes on where nobody is left to read
+
+
+def outlast_readers() -> None:
+    """From now on, words for a reader who has gone are dropped: a `| tee` that the same Ctrl-C ended, a closed terminal.
+
+    For work that must not be lost for want of one. Elsewhere a closed pipe ends the step, as `| head` wants it.
+    """
+    global _outlasts
+    _outlasts = True
+
+
+def _say(text: str, stream: TextIO, end: str = "\n") -> None:
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError as problem:
+        if not _outlasts or problem.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        # what libraries would write there must not fail either
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def note(step: str, text: str) -> None:
     """One event of a step, on stderr: ``train: step 40/200  loss 1.83``."""
-    print(f"{paint(step + ':', 'cyan', sys.stderr)} {text}", file=sys.stderr, flush=True)
+    _say(f"{paint(step + ':', 'cyan', sys.stderr)} {text}", sys.stderr)
+
+
+def note_in_handler(step: str, text: str) -> None:
+    """``note`` for a signal's handler, which may run in the middle of another message: past Python's buffers."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{paint(step + ':', 'cyan', sys.stderr)} {text}\n".encode())
 
 
 def warn(text: str) -> None:
-    print(f"{paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
+    _say(f"{paint('warning:', 'yellow', sys.stderr)} {text}", sys.stderr)
 
 
 def error(message: str, hint: str = "") -> None:
-    print(f"{paint('error:', 'red', sys.stderr)} {message}", file=sys.stderr, flush=True)
+    _say(f"{paint('error:', 'red', sys.stderr)} {message}", sys.stderr)
     if hint:
-        print(f"{paint('hint:', 'yellow', sys.stderr)} {hint}", file=sys.stderr, flush=True)
+        _say(f"{paint('hint:', 'yellow', sys.stderr)} {hint}", sys.stderr)
+
+
+def exit_code(name: str, code: int) -> None:
+    """The last line of a step that failed: make turns any code into its own 2, so the real one is said here."""
+    _say(f"{name}: exit code {code}", sys.stderr)
 
 
 def result(text: str = "") -> None:
-    print(text, flush=True)
+    _say(text, sys.stdout)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
@@ -54,7 +91,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *
         output.add_row(*(escape(str(cell)) for cell in row))
     # off a terminal rich assumes 80 columns and would fold long paths
     width = None if sys.stdout.isatty() else 140
-    Console(file=sys.stdout, width=width, no_color=not use_colour(sys.stdout), highlight=False).print(output)
+    console = Console(file=sys.stdout, width=width, no_color=not use_colour(sys.stdout), highlight=False)
+    with console.capture() as drawn:
+        console.print(output)
+    _say(drawn.get(), sys.stdout, end="")
 
 
 def facts(title: str, pairs: Sequence[tuple[str, object]]) -> None:
@@ -122,11 +162,11 @@ class Progress:
         if detail:
             text += f"  {detail}"
         if self._live:
-            print(f"\r\x1b[K{paint(self.step + ':', 'cyan', sys.stderr)} {text}", end="", file=sys.stderr, flush=True)
+            _say(f"\r\x1b[K{paint(self.step + ':', 'cyan', sys.stderr)} {text}", sys.stderr, end="")
         else:
             note(self.step, text)
 
     def close(self) -> None:
         """End the live line, so that the next message starts on a line of its own."""
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            _say("\r\x1b[K", sys.stderr, end="")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.utils import console, ranks, workers
+from scripts.utils import console, ranks, stop_signals, workers
 from scripts.utils.errors import MachineError, SFTError, UserError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _run(flags: list[str], words: list[str]) -> tuple[dict[int, Any] | None, int
     # the script's own arguments are not for its parser, which takes --run for the start of a flag that it knows
     config, command, arguments = config_from_args(parse_args([*flags, words[0]]))
     config.shutdown_timeout = PATIENCE
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in stop_signals.ALL}
     try:
         elastic_launch(config, command)(*arguments, *words[1:])
     except ChildFailedError as error:
@@ -175,8 +175,7 @@ def _run(flags: list[str], words: list[str]) -> tuple[dict[int, Any] | None, int
     except SignalException as error:
         return None, int(error.sigval)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stop_signals.put_back(before)
     return None, None
 
 

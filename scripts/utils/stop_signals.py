@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as exceptions that get through, wherever in the work they arrive.
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as exceptions that get through, wherever in the work they arrive.
 
 Python runs a signal's handler between any two steps of the interpreter. What it raises in a weak reference's callback or
 in a finalizer is printed and forgotten, and the step would go on; a library in between may turn it into an error of its
@@ -11,62 +11,114 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+_CLOSED = ("SIGHUP",) if hasattr(signal, "SIGHUP") else ()  # Windows has none
+ALL = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", *_CLOSED))
 _AGAIN = 0.01  # seconds until a forgotten one is raised once more: by then the callback has returned
-
-_arrived = 0  # the signal that has been raised and not yet answered
+_ONE_WISH = 5.0  # seconds
 
 
 class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT; its argument is the signal's number."""
+
+
+_heard = (0, 0.0)  # the newest that was no echo, and when
+_unanswered = 0  # the one that was raised and has not been dealt with
+_over = False  # the block has ended, and with it what could be saved
+
+
+def is_echo(number: int, *, of_any: bool = False) -> bool:
+    """Whether ``number`` only repeats what was said a moment ago. Ask once for each that arrives.
+
+    SIGTERM and SIGHUP often come twice: make hands on what the whole process group has got, and so do a cluster's
+    manager, a shell and the system when a terminal closes. A Ctrl-C is an echo only ``of_any``, where several ranks hear
+    the same one.
+    """
+    global _heard
+    before, at = _heard
+    if before and time.monotonic() - at < _ONE_WISH and (of_any or number != signal.SIGINT):
+        return True
+    _heard = number, time.monotonic()
+    return False
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Raises KeyboardInterrupt or ``Terminated`` out of the block, also where something on the way made it another error.
 
-    The handlers stay afterwards. A signal that is ignored (nohup) stays so, and so does a handler of one's own for SIGINT.
+    After the block they end the process at once.
     """
+    global _over
+    _over = False
     answered()
-    signal.signal(signal.SIGTERM, _raise)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _raise)
+    handle(_raise)
     before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_raise_again, otherwise=before)
     try:
         yield
     except Exception as error:
-        if _arrived:
-            raise _exception(_arrived) from error
+        if _unanswered:
+            raise exception(_unanswered) from error
         raise
     finally:
         sys.unraisablehook = before
+        _over = True
+
+
+def handle(handler: Callable[[int, Any], None]) -> dict[signal.Signals, Any]:
+    """Let ``handler`` have them all, but for one that is ignored (nohup means it); returns the handlers before.
+
+    What it hears first is no echo.
+    """
+    global _heard
+    _heard = (0, 0.0)
+    return {number: signal.signal(number, handler) for number in ALL if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+def put_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def answered() -> None:
     """The signal has been dealt with (a Ctrl-C at a prompt): an error from now on is an error."""
-    global _arrived
-    _arrived = 0
+    global _heard, _unanswered
+    _heard, _unanswered = (0, 0.0), 0
 
 
-def _exception(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+def exception(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
 
 
 def _raise(number: int, frame: object) -> None:
-    global _arrived
-    _arrived = number
-    raise _exception(number)
+    global _unanswered
+    if is_echo(number):
+        return
+    if _over:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _unanswered = number
+    raise exception(number)
 
 
 def _raise_again(lost: "sys.UnraisableHookArgs", otherwise: Callable[..., Any]) -> None:
     if not issubclass(lost.exc_type, KeyboardInterrupt | Terminated):
         otherwise(lost)
         return
-    number = signal.SIGINT if issubclass(lost.exc_type, KeyboardInterrupt) else signal.SIGTERM
+    number = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else lost.exc_value.args[0]  # type: ignore[union-attr]
+    answered()  # it was not: what comes now is no echo
     with contextlib.suppress(RuntimeError):  # no new threads while Python ends, and then it is ending anyway
-        timer = threading.Timer(_AGAIN, _thread.interrupt_main, (number,))
+        timer = threading.Timer(_AGAIN, _send, (number,))
         timer.daemon = True  # work that is over by then is over
         timer.start()
+
+
+def _send(number: int) -> None:
+    """The signal to this process's main thread; a real one, where there are such, also ends what it waits for."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        _thread.interrupt_main(signal.Signals(number))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.utils import console, files, growing, lifetime, stamp, sweep_places, sweep_state
+from scripts.utils import console, files, growing, lifetime, stamp, stop_signals, sweep_places, sweep_state
 from scripts.utils.config import to_yaml
 from scripts.utils.errors import MachineError, SFTError
 from scripts.utils.sweep_plan import DATA_STEPS, Run
@@ -50,9 +50,11 @@ class Job:
         code = self.process.poll() if self.process else None
         return 128 - code if code is not None and code < 0 else code
 
-    def stop(self) -> None:
-        """Ask the process to save and end; a second time, to end at once."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask the process to save and end, or to end at once."""
         if self.process and self.process.poll() is None:
+            if at_once:  # no Ctrl-C is taken for an echo of the first signal
+                self.process.send_signal(signal.SIGINT)
             self.process.send_signal(signal.SIGTERM)
 
 
@@ -81,10 +83,9 @@ class Crew:
 
     def work(self) -> int:
         """Returns the number of the signal that stopped it, or 0."""
+        console.outlast_readers()
         arrived: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                signal.signal(number, lambda caught, frame: arrived.append(caught))
+        stop_signals.handle(lambda caught, frame: arrived.append(caught))
         try:
             while True:
                 while arrived:
@@ -105,11 +106,13 @@ class Crew:
                     job.process.wait()
 
     def stop(self, number: int) -> None:
+        if stop_signals.is_echo(number):
+            return
         if not self.stopped and self.jobs:
             console.note("sweep", "stopping: the runs at work save their state; press Ctrl-C again to stop at once")
         for job in self.jobs:
             if self.stopped or job.entry.state != "pruned":  # that one is saving already, and must not be told twice
-                job.stop()
+                job.stop(at_once=bool(self.stopped))
         self.stopped = number
 
     def next_run(self) -> Run | None:
@@ -190,7 +193,7 @@ class Crew:
             return
         if code:
             given_up = job.entry.state == "pruned"
-            asked = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+            asked = code in [128 + number for number in stop_signals.ALL]
             state = "pruned" if given_up else "stopped" if asked else "failed"
             self.end(job, state, code, growing.tail(job.run.log, 40, since=job.log_size))
             return
