@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,20 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     folders = [make(run, step) for step in (1, 2, 3, 4)]
     checkpoints.rotate(run, keep=2, best=folders[0])
     assert [f.name for f in checkpoints.listed(run)] == ["checkpoint-4", "checkpoint-1"]
+
+
+def test_rotation_keeps_of_those_in_between_only_the_newest(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folders = [make(run, step) for step in (10, 13, 20, 23, 26)]
+
+    def rotated(**words: Any) -> list[int]:
+        checkpoints.rotate(run, in_between=lambda step: step % 10 != 0, **words)
+        return [checkpoints.step_of(folder) for folder in checkpoints.listed(run)]
+
+    assert rotated(keep=9, best=folders[1]) == [26, 20, 13, 10]
+    assert rotated(keep=9, best=None) == [26, 20, 10]
+    make(run, 30)
+    assert rotated(keep=2, best=None) == [30, 20]
 
 
 def test_rotation_deletes_nothing_while_the_newest_is_damaged(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_each_identity_key_is_refused_for_an_unfinished_run_with_the_three_ways_
 
 
 HARMLESS = [
-    "train.logging_steps=3", "train.save_total_limit=5", "train.eval_strategy=no", "train.save_strategy=no train.eval_strategy=no",
+    "train.logging_steps=3", "train.save_minutes=0", "train.save_total_limit=5", "train.eval_strategy=no", "train.save_strategy=no train.eval_strategy=no",
     "train.eval_strategy=steps train.save_strategy=steps train.eval_steps=1 train.save_steps=1", "eval.limit=3",
     "infer.temperature=1", "merge.dtype=fp16", "tracking.report_to=[]", "train.non_finite=skip",
     "train.load_best_model_at_end=false",

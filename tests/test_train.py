@@ -303,6 +303,33 @@ def test_sigterm_saves_and_ends_with_143(project: Callable[..., Path], monkeypat
     assert caught.value.exit_code == 143 and (Path("outputs") / RUN / "checkpoint-2").is_dir()
 
 
+def test_a_checkpoint_is_made_every_so_many_minutes_and_the_run_ends_with_those_that_were_planned(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(max_steps=7)
+    run_steps(overrides="run.name=whole")
+    often = "train.save_minutes=1e-6"  # overdue after each step
+    with monkeypatch.context() as patch:
+        begin = callbacks.Report.on_step_begin
+
+        def break_at_5(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+            begin(self, args, state, control, **options)
+            if state.global_step == 4:
+                raise RuntimeError("the power went")
+
+        patch.setattr(callbacks.Report, "on_step_begin", break_at_5)
+        with pytest.raises(RuntimeError, match="the power went"):
+            run_steps(overrides=often)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.listed(Path("outputs") / RUN)] == [4]
+    run_steps("--resume", "must", overrides=often)
+    assert stamp.require(RUN)["starts"][-1]["from_step"] == 4
+    assert same(weights("whole"), weights())
+    left = [[folder.name for folder in checkpoints.listed(Path("outputs") / run)] for run in ("whole", RUN)]
+    assert left[0] == left[1]
+    run_steps(overrides=f"run.name=none {often} train.save_strategy=no train.eval_strategy=no")
+    assert [folder.name for folder in checkpoints.listed(Path("outputs/none"))] == ["checkpoint-7"]
+
+
 def end_by_ctrl_c_with_tee(process: "subprocess.Popen[bytes]", reader: int) -> None:
     os.close(reader)  # `| tee` ends by the same Ctrl-C
     process.send_signal(signal.SIGINT)

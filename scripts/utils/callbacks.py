@@ -26,6 +26,7 @@ class Rhythm(TrainerCallback):
         trainer.restore_counters()
         trainer.begin_sharing()
         trainer.try_save()
+        trainer.run_state.saved_at = time.monotonic()
 
         def ask_to_stop(number: int, frame: object) -> None:
             # a launcher and the terminal each tell every rank
@@ -53,15 +54,12 @@ class Rhythm(TrainerCallback):
         trainer = self.trainer_of()
         train, step = trainer.config.train, state.global_step
         last = step >= len(trainer.schedule.steps)
-
-        def due(strategy: str, every: int) -> bool:
-            if strategy == "steps":
-                return step % every == 0 or last
-            return strategy == "epoch" and step in trainer.schedule.epoch_ends
-
         control.should_log = step % train.logging_steps == 0 or step == 1 or last
-        control.should_evaluate = bool(trainer.val) and due(train.eval_strategy, train.eval_steps)
-        control.should_save = due(train.save_strategy, train.save_steps) or last
+        control.should_evaluate = bool(trainer.val) and trainer.schedule.is_due(
+            step, train.eval_strategy, train.eval_steps
+        )
+        overdue = trainer.run_state.overdue if ranks.world_size() > 1 else trainer.is_overdue()
+        control.should_save = trainer.saves_at(step) or overdue
         if trainer.run_state.stop_signal is not None:
             control.should_save = control.should_training_stop = True
 

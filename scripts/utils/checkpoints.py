@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +143,20 @@ def point(run_folder: Path, name: str, checkpoint: Path) -> None:
         files.sync_folder(run_folder)
 
 
-def rotate(run_folder: Path, *, keep: int, best: Path | None) -> None:
+def rotate(
+    run_folder: Path, *, keep: int, best: Path | None, in_between: Callable[[int], bool] = lambda step: False
+) -> None:
     """Delete the oldest checkpoints beyond ``keep``, never ``best``, and only when the newest verifies.
 
-    Only what carries our seal is deleted.
+    Of those at steps ``in_between`` the ones that were planned, only the newest checkpoint stays. Only what carries our
+    seal is deleted.
     """
     folders = listed(run_folder)
     if not folders or damage(folders[0]) is not None:
         return
     spared = {folders[0].name, best.name if best else ""}
-    for folder in reversed(folders):
-        if len(folders) <= keep:
+    for folder in sorted(folders, key=lambda folder: (not in_between(step_of(folder)), step_of(folder))):
+        if len(folders) <= keep and not in_between(step_of(folder)):
             break
         if folder.name not in spared and (folder / SEAL).is_file():
             aside = run_folder / f".{folder.name}.old.saving"  # a kill in the middle leaves no half checkpoint

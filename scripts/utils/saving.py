@@ -36,6 +36,8 @@ class RunState:
     steps_since: int = 0  # steps since the last line of the log, and how many of them were passed over
     skipped_since: int = 0
     skipped_total: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    overdue: bool = False  # several ranks: the first one's clock says that it is time for a checkpoint
 
 
 class SavingTrainer(Trainer):
@@ -73,6 +75,19 @@ class SavingTrainer(Trainer):
             ranks.barrier()  # what rank 0 could not save, no rank goes on from
         else:
             self._save_alone(model, trial)
+        self.run_state.saved_at = time.monotonic()
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is planned after this step, from 1."""
+        train, last = self.config.train, step >= len(self.schedule.steps)
+        return last or self.schedule.is_due(step, train.save_strategy, train.save_steps)
+
+    def is_overdue(self) -> bool:
+        """Whether the last checkpoint is so long ago that one is made in between those that are planned."""
+        train = self.config.train
+        if not train.save_minutes or train.save_strategy == "no":
+            return False
+        return time.monotonic() - self.run_state.saved_at >= train.save_minutes * 60
 
     def _collect(self) -> dict[str, Any]:
         """What lies on more than one rank: shards of weights and of optimizer states, random numbers."""
@@ -97,7 +112,8 @@ class SavingTrainer(Trainer):
         best = folder / Path(chosen).name if chosen else folder / name
         checkpoints.point(folder, "last", folder / name)
         checkpoints.point(folder, "best", best)
-        checkpoints.rotate(folder, keep=self.config.train.save_total_limit, best=best)
+        keep = self.config.train.save_total_limit
+        checkpoints.rotate(folder, keep=keep, best=best, in_between=lambda step: not self.saves_at(step))
         stamp.reached(folder.name, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

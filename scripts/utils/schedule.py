@@ -28,6 +28,12 @@ class Schedule:
     epoch_ends: frozenset[int]
     steps_per_epoch: float
 
+    def is_due(self, step: int, strategy: str, every: int) -> bool:
+        """Whether what is done by this strategy (no, steps, epoch) is done after this step, from 1."""
+        if strategy == "steps":
+            return step % every == 0 or step >= len(self.steps)
+        return strategy == "epoch" and step in self.epoch_ends
+
 
 def row_budget(config: "Config") -> int:
     """Tokens of a packed row."""

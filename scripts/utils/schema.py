@@ -111,6 +111,7 @@ class TrainSection(Section):
     eval_steps: Positive = 100
     save_strategy: Strategy = "epoch"
     save_steps: Positive = 100
+    save_minutes: Annotated[float, Field(ge=0)] = 15.0
     save_total_limit: Positive = 2
     load_best_model_at_end: Switch = "auto"
     early_stopping_patience: Annotated[int, Field(ge=0)] = 0

@@ -163,10 +163,11 @@ class SFTTrainer(SavingTrainer):
         return [(part, 1) for part in mine] + [(self._parts(inputs[0], parts)[0], 0)] * idle
 
     def _agree(self, total: torch.Tensor, finite: bool) -> tuple[torch.Tensor, bool]:
-        """The step's loss over all ranks, and whether all is finite on all; they settle what all of them must do alike."""
+        """The step's loss over all ranks, and whether all is finite on all; they settle what all of them do alike."""
         state = self.run_state
-        found = ranks.gather([float(total), finite, state.divisor, state.asked_signal or 0])
-        losses, finites, divisors, signals = zip(*found, strict=True)
+        found = ranks.gather([float(total), finite, state.divisor, state.asked_signal or 0, self.is_overdue()])
+        losses, finites, divisors, signals, overdue = zip(*found, strict=True)
+        state.overdue = bool(overdue[0])
         if max(divisors) > state.divisor:
             state.divisor = int(max(divisors))
             console.warn(
