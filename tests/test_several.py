@@ -224,7 +224,9 @@ TIMED = "train.eval_strategy=epoch train.save_strategy=epoch train.save_minutes=
 
 
 @pytest.mark.parametrize(
-    ("engine", "saves"), [("ddp", EACH), ("ddp", TIMED), pytest.param("deepspeed", EACH, marks=ZERO.marks)]
+    ("engine", "saves"),
+    [("ddp", EACH), ("ddp", TIMED), pytest.param("deepspeed", EACH, marks=ZERO.marks)],
+    ids=["ddp", "ddp by the clock", "deepspeed"],
 )
 def test_a_killed_rank_ends_the_run_within_a_minute_and_the_same_command_goes_on(
     engine: str, saves: str, ddp: Any

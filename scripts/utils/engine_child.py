@@ -73,12 +73,12 @@ def _error(message: str, code: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    environment.prepare(files.REPO_ROOT)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # one model is served, and it is here
-    question = Question(**json.loads(sys.argv[1]))
-    from scripts.utils.schema import InferSection
-
     try:
+        environment.prepare(files.REPO_ROOT)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # one model is served, and it is here
+        question = Question(**json.loads(sys.argv[1]))
+        from scripts.utils.schema import InferSection
+
         _become_engine(question, InferSection.model_validate(question.settings))
     except SFTError as problem:
         console.error(problem.message, problem.hint)
