@@ -97,11 +97,12 @@ def test_it_gets_through(work: str, number: signal.Signals, code: int, word: str
 
 
 TWICE = """
-from pathlib import Path
 try:
     stop()
     time.sleep(30)
 finally:
+    stop()
+    time.sleep(0.2)
     stop()
     print("cleaned up", flush=True)
 """

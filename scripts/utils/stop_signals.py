@@ -19,6 +19,7 @@ _CLOSED = ("SIGHUP",) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 ALL = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", *_CLOSED))
 _AGAIN = 0.01  # seconds until a forgotten one is raised once more: by then the callback has returned
 _ONE_WISH = 5.0  # seconds
+_ONE_PRESS = 0.05  # no hand is as fast
 
 
 class Terminated(BaseException):
@@ -34,12 +35,13 @@ def is_echo(number: int, *, of_any: bool = False) -> bool:
     """Whether ``number`` only repeats what was said a moment ago. Ask once for each that arrives.
 
     SIGTERM and SIGHUP often come twice: make hands on what the whole process group has got, and so do a cluster's
-    manager, a shell and the system when a terminal closes. A Ctrl-C is an echo only ``of_any``, where several ranks hear
-    the same one.
+    manager, a shell and the system when a terminal closes. A second Ctrl-C is one of its own, unless it comes at once, as
+    from a wrapper that hands on what the terminal has sent already, or ``of_any``, where several ranks hear the same.
     """
     global _heard
     before, at = _heard
-    if before and time.monotonic() - at < _ONE_WISH and (of_any or number != signal.SIGINT):
+    window = _ONE_WISH if of_any or number != signal.SIGINT else _ONE_PRESS
+    if before and time.monotonic() - at < window:
         return True
     _heard = number, time.monotonic()
     return False
