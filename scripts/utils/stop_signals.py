@@ -17,7 +17,7 @@ from typing import Any
 
 _CLOSED = ("SIGHUP",) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 ALL = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", *_CLOSED))
-_AGAIN = 0.01  # seconds until a forgotten one is raised once more: by then the callback has returned
+_AGAIN = 0.05  # seconds until a forgotten one is raised once more: by then the callback has returned
 _ONE_WISH = 5.0  # seconds
 _ONE_PRESS = 0.05  # no hand is as fast
 
@@ -112,14 +112,17 @@ def _raise_again(lost: "sys.UnraisableHookArgs", otherwise: Callable[..., Any]) 
         return
     number = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else lost.exc_value.args[0]  # type: ignore[union-attr]
     answered()  # it was not: what comes now is no echo
+    said = threading.Event()
     with contextlib.suppress(RuntimeError):  # no new threads while Python ends, and then it is ending anyway
-        timer = threading.Timer(_AGAIN, _send, (number,))
-        timer.daemon = True  # work that is over by then is over
-        timer.start()
+        # a daemon: work that is over by then is over
+        threading.Thread(target=_send, args=(number, said), daemon=True).start()
+    said.set()  # raised in here, it would be lost for good: nothing is told of that
 
 
-def _send(number: int) -> None:
+def _send(number: int, after: threading.Event) -> None:
     """The signal to this process's main thread; a real one, where there are such, also ends what it waits for."""
+    after.wait()
+    time.sleep(_AGAIN)
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:  # Windows
