@@ -118,6 +118,7 @@ def _own_config(run: str | None) -> str | None:
 
 def guard(name: str, start: Callable[[], int | None]) -> int:
     """Run ``start``; turn the project's errors, signals and a full disk into one message and an exit code."""
+    console.prepare_streams()
     code: int
     told = False  # a rank's launcher says it, once for all of them
 

@@ -5,6 +5,7 @@ Progress, notes and errors go to stderr; results go to stdout, so that they can 
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import time
@@ -12,6 +13,25 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
+
+
+def prepare_streams() -> None:
+    """Let every word be written, whatever this process was started with. Call before anything is opened.
+
+    Where a stream was closed (``>&-``, some services), it leads nowhere: else the next file that is opened would get its
+    number, and what libraries print would land in that file. Letters that an encoding lacks are spelled out.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def use_colour(stream: TextIO) -> bool:
