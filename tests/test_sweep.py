@@ -1,10 +1,12 @@
 """A sweep at work: its state, its places, its budget, and what becomes of it when it is killed. Runs real data steps."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,6 +209,31 @@ def test_two_at_a_time_each_with_a_card_of_its_own(
     assert process.returncode == 130, err
     assert sorted(states(folder).values()) == ["stopped", "stopped", "waiting"], state_of(folder)["runs"]
     assert "stopped in process" in out and "not run" in out
+
+
+def test_a_closed_terminal_stops_the_runs_and_is_noted(folder: Path) -> None:
+    write_rows(folder / "data" / "raw" / "a.jsonl", 300_000)
+    reader, terminal = os.openpty()
+
+    def in_child() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever this test was started with
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "batch.py", "plan.yaml"],
+        cwd=folder,
+        env=environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=in_child,  # noqa: PLW1509 - it starts no threads
+    ) as process:
+        os.close(terminal)
+        wait_for(lambda: steps_at_work(process))
+        os.close(reader)
+        assert process.wait(60) == 129
+    assert list(states(folder).values()) == ["stopped", "waiting", "waiting"]
 
 
 def test_cards_are_those_that_this_process_may_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -104,17 +105,18 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *
     from rich.markup import escape
     from rich.table import Table
 
-    output = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    lines = box.SIMPLE_HEAD if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else box.ASCII2
+    output = Table(title=escape(title), title_justify="left", title_style="bold", box=lines, pad_edge=False)
     for number, name in enumerate(header):
         output.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         output.add_row(*(escape(str(cell)) for cell in row))
     # off a terminal rich assumes 80 columns and would fold long paths
-    width = None if sys.stdout.isatty() else 140
-    console = Console(file=sys.stdout, width=width, no_color=not use_colour(sys.stdout), highlight=False)
-    with console.capture() as drawn:
-        console.print(output)
-    _say(drawn.get(), sys.stdout, end="")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 140
+    drawn = io.StringIO()  # rich's own writing would fail where nobody is left to read
+    coloured = use_colour(sys.stdout)
+    Console(file=drawn, width=width, force_terminal=coloured, no_color=not coloured, highlight=False).print(output)
+    _say(drawn.getvalue(), sys.stdout, end="")
 
 
 def facts(title: str, pairs: Sequence[tuple[str, object]]) -> None:
