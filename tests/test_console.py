@@ -47,6 +47,34 @@ def test_a_stream_that_was_closed_leads_nowhere_and_never_into_a_file(tmp_path: 
     assert (tmp_path / "precious").read_text() == "data"
 
 
+@pytest.mark.parametrize("redirection", ["| head -c 1", "2>&1 >/dev/null | head -c 1"])
+def test_a_reader_who_leaves_ends_a_step_quietly(tmp_path: Path, redirection: str) -> None:
+    """``make eval | head``: no words of Python's own, and the exit code that a broken pipe has."""
+    program = """
+import sys
+from scripts.utils import command, console
+
+def start():
+    for _ in range(200_000):
+        console.result("result")
+        console.note("test", "note")
+
+code = command.guard("sft-test", start)
+open("code", "w").write(str(code))
+sys.exit(code)
+"""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, program],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (tmp_path / "code").read_text() == "141"
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_letters_that_an_encoding_lacks_are_spelled_out(tmp_path: Path, encoding: str) -> None:
     done = started(tmp_path, PYTHONIOENCODING=encoding)

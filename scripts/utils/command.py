@@ -146,5 +146,6 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
     except MemoryError:
         code = tell("out of memory", "lower train.batch_size or render.max_length", MachineError.exit_code)
     if code and not told:
+        console.outlast_readers()
         console.exit_code(name, code)
     return code
