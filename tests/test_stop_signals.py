@@ -10,7 +10,7 @@ import pytest
 
 from tests.commands import ROOT, environment
 
-ALL = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")]
+ALL = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 143, "terminated")]
 
 
 def step(work: str, number: signal.Signals) -> "subprocess.CompletedProcess[str]":

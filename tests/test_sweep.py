@@ -232,7 +232,7 @@ def test_a_closed_terminal_stops_the_runs_and_is_noted(folder: Path) -> None:
         os.close(terminal)
         wait_for(lambda: steps_at_work(process))
         os.close(reader)
-        assert process.wait(60) == 129
+        assert process.wait(60) == 143
     assert list(states(folder).values()) == ["stopped", "waiting", "waiting"]
 
 

@@ -349,7 +349,7 @@ def end_by_closed_terminal(process: "subprocess.Popen[bytes]", reader: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [(end_by_ctrl_c_with_tee, 130), (end_by_sigterm_to_all, 143), (end_by_closed_terminal, 129)]
+    ("end", "code"), [(end_by_ctrl_c_with_tee, 130), (end_by_sigterm_to_all, 143), (end_by_closed_terminal, 143)]
 )
 def test_a_run_is_saved_though_nobody_is_left_to_read_or_the_signal_comes_twice(
     project: Callable[..., Path], end: Callable[["subprocess.Popen[bytes]", int], None], code: int

@@ -137,8 +137,8 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
         code = tell(problem.message, problem.hint, problem.exit_code, isinstance(problem, ranks.LostPeer))
     except KeyboardInterrupt:
         code = tell("interrupted", "run the same command again to go on", 130)
-    except stop_signals.Terminated as problem:
-        code = tell("terminated", "run the same command again to go on", 128 + problem.args[0])
+    except stop_signals.Terminated:
+        code = tell("terminated", "run the same command again to go on", 143)
     except BrokenPipeError:
         # the reader of our output went away (`| head`); Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -173,7 +173,7 @@ def _run(flags: list[str], words: list[str]) -> tuple[dict[int, Any] | None, int
     except ChildFailedError as error:
         return dict(error.failures), None
     except SignalException as error:
-        return None, int(error.sigval)
+        return None, stop_signals.meant_by(error.sigval)
     finally:
         stop_signals.put_back(before)
     return None, None

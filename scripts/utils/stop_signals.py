@@ -23,7 +23,7 @@ _ONE_PRESS = 0.05  # no hand is as fast
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT; its argument is the signal's number."""
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT."""
 
 
 _heard = (0, 0.0)  # the newest that was no echo, and when
@@ -73,11 +73,19 @@ def raised() -> Iterator[None]:
 def handle(handler: Callable[[int, Any], None]) -> dict[signal.Signals, Any]:
     """Let ``handler`` have them all, but for one that is ignored (nohup means it); returns the handlers before.
 
-    What it hears first is no echo.
+    What it hears first is no echo. A closed terminal means what SIGTERM means, save and end, and is told as that.
     """
     global _heard
     _heard = (0, 0.0)
-    return {number: signal.signal(number, handler) for number in ALL if signal.getsignal(number) is not signal.SIG_IGN}
+
+    def told(number: int, frame: object) -> None:
+        handler(meant_by(number), frame)
+
+    return {number: signal.signal(number, told) for number in ALL if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+def meant_by(number: int) -> int:
+    return number if number == signal.SIGINT else int(signal.SIGTERM)
 
 
 def put_back(handlers: Mapping[signal.Signals, Any]) -> None:
@@ -92,7 +100,7 @@ def answered() -> None:
 
 
 def exception(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
 
 
 def _raise(number: int, frame: object) -> None:
@@ -110,7 +118,7 @@ def _raise_again(lost: "sys.UnraisableHookArgs", otherwise: Callable[..., Any]) 
     if not issubclass(lost.exc_type, KeyboardInterrupt | Terminated):
         otherwise(lost)
         return
-    number = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else lost.exc_value.args[0]  # type: ignore[union-attr]
+    number = signal.SIGINT if issubclass(lost.exc_type, KeyboardInterrupt) else signal.SIGTERM
     answered()  # it was not: what comes now is no echo
     said = threading.Event()
     with contextlib.suppress(RuntimeError):  # no new threads while Python ends, and then it is ending anyway
