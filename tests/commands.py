@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_MAKE_VARIABLES = (
-    "CONFIG RUN SET STYLE STYLE_MODE RAW SPLIT LIMIT MODEL PORT NPROC RESUME FORCE EXTRAS TORCH PYTHON YES KEEP_TB "
-    "TASKS PROMPT INPUT OUTPUT WHICH LISTEN ENGINE CLEAR KILLS ROW IDS ROWS ROUNDS PRECISION GPU_GB QUANT CONVERTER REPO DRY_RUN PUBLIC SWEEP BY JOBS MACHINES MACHINE MAIN JSON MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES"
-).split()
+_MAKE_VARIABLES = {
+    *(ROOT / "Makefile").read_text().replace("\\\n", " ").split("\nVARIABLES := ")[1].split("\n")[0].split(),
+    *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"),
+}
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -35,6 +35,7 @@ class Terminal:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
 
         def own_terminal() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -94,6 +95,11 @@ class Terminal:
                     break
         return self.program.wait(max(deadline - time.monotonic(), 1))
 
+    def hang_up(self) -> None:
+        """Close the terminal, as its window does: the system sends SIGHUP, and all that is written from then on fails."""
+        os.close(self._end)
+        self._end = -1
+
     def __enter__(self) -> "Terminal":
         return self
 
@@ -101,4 +107,5 @@ class Terminal:
         if self.program.poll() is None:
             self.program.send_signal(signal.SIGKILL)
         self.program.wait()
-        os.close(self._end)
+        if self._end >= 0:
+            os.close(self._end)

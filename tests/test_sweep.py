@@ -1,12 +1,10 @@
 """A sweep at work: its state, its places, its budget, and what becomes of it when it is killed. Runs real data steps."""
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 
 from scripts.utils import files, growing, sweep_places, sweep_state
 from tests.commands import ROOT, environment, run, script
+from tests.terminal import Terminal
 from tests.test_batch import CONFIG, write_rows
 
 SWEEP = Path("outputs/sweeps/plan/sweep.json")
@@ -77,7 +76,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def steps_at_work(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def steps_at_work(process: "subprocess.Popen[Any]") -> list[psutil.Process]:
     """Children of the sweep that have become a step."""
     found = []
     for child in psutil.Process(process.pid).children():
@@ -213,26 +212,10 @@ def test_two_at_a_time_each_with_a_card_of_its_own(
 
 def test_a_closed_terminal_stops_the_runs_and_is_noted(folder: Path) -> None:
     write_rows(folder / "data" / "raw" / "a.jsonl", 300_000)
-    reader, terminal = os.openpty()
-
-    def in_child() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever this test was started with
-        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-
-    with subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "batch.py", "plan.yaml"],
-        cwd=folder,
-        env=environment(),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=in_child,  # noqa: PLW1509 - it starts no threads
-    ) as process:
-        os.close(terminal)
-        wait_for(lambda: steps_at_work(process))
-        os.close(reader)
-        assert process.wait(60) == 143
+    with Terminal([sys.executable, ROOT / "scripts" / "batch.py", "plan.yaml"], folder) as terminal:
+        wait_for(lambda: steps_at_work(terminal.program))
+        terminal.hang_up()
+        assert terminal.program.wait(60) == 143
     assert list(states(folder).values()) == ["stopped", "waiting", "waiting"]
 
 

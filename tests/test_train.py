@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from scripts.utils import callbacks, checkpoints, files, stamp
 from scripts.utils.config import load_config
 from scripts.utils.errors import DivergedError, Interrupted, MachineError, RefusedError, UserError
 from tests.commands import ROOT, environment
+from tests.terminal import Terminal
 
 RUN = "tiny-sums"
 
@@ -341,40 +341,38 @@ def end_by_sigterm_to_all(process: "subprocess.Popen[bytes]", reader: int) -> No
         time.sleep(0.05)
 
 
-def end_by_closed_terminal(process: "subprocess.Popen[bytes]", reader: int) -> None:
-    os.close(reader)  # the system sends SIGHUP, and every word that is written fails from now on
-    time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGHUP)  # and so does the shell
+TRAIN = [sys.executable, ROOT / "scripts" / "train.py", "--config", "tiny.yaml"]
 
 
-@pytest.mark.parametrize(
-    ("end", "code"), [(end_by_ctrl_c_with_tee, 130), (end_by_sigterm_to_all, 143), (end_by_closed_terminal, 143)]
-)
-def test_a_run_is_saved_though_nobody_is_left_to_read_or_the_signal_comes_twice(
-    project: Callable[..., Path], end: Callable[["subprocess.Popen[bytes]", int], None], code: int
-) -> None:
-    project(max_steps=2000)
+def render_rows_for_long(project: Callable[..., Path]) -> Path:
+    folder = project(max_steps=2000)
     config = load_config("tiny.yaml")
     for module in (process, render):
         module.work(module.build_parser().parse_args(["--config", "tiny.yaml"]), config)
-    terminal = end is end_by_closed_terminal
-    reader, writer = os.openpty() if terminal else os.pipe()
+    return folder
 
-    def in_child() -> None:
-        for number in (signal.SIGINT, signal.SIGHUP):  # whatever this test was started with
-            signal.signal(number, signal.SIG_DFL)
-        if terminal:
-            fcntl.ioctl(writer, termios.TIOCSCTTY, 0)
 
+def assert_saved_where_it_stopped() -> None:
+    [last] = stamp.require(RUN)["starts"]
+    assert last["ended"] == "interrupted"
+    newest, _ = checkpoints.newest_whole(Path("outputs") / RUN)
+    assert newest == Path("outputs") / RUN / f"checkpoint-{last['step']}"
+
+
+@pytest.mark.parametrize(("end", "code"), [(end_by_ctrl_c_with_tee, 130), (end_by_sigterm_to_all, 143)])
+def test_a_run_is_saved_though_nobody_is_left_to_read_or_the_signal_comes_twice(
+    project: Callable[..., Path], end: Callable[["subprocess.Popen[bytes]", int], None], code: int
+) -> None:
+    render_rows_for_long(project)
+    reader, writer = os.pipe()
     with subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "train.py", "--config", "tiny.yaml"],
+        TRAIN,
         env=environment(),
-        stdin=writer if terminal else subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
         stdout=writer,
         stderr=writer,
-        start_new_session=True,
-        preexec_fn=in_child,  # noqa: PLW1509 - it starts no threads
+        # whatever this test was started with
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads
     ) as child:
         os.close(writer)
         seen = b""
@@ -389,10 +387,18 @@ def test_a_run_is_saved_though_nobody_is_left_to_read_or_the_signal_comes_twice(
             os.close(reader)
             assert b"error: stopped at step" in seen and b"Traceback" not in seen, seen.decode()
         assert child.wait(60) == code
-    [last] = stamp.require(RUN)["starts"]
-    assert last["ended"] == "interrupted"
-    newest, _ = checkpoints.newest_whole(Path("outputs") / RUN)
-    assert newest == Path("outputs") / RUN / f"checkpoint-{last['step']}"
+    assert_saved_where_it_stopped()
+
+
+def test_a_run_is_saved_when_its_terminal_closes(project: Callable[..., Path]) -> None:
+    with Terminal(TRAIN, render_rows_for_long(project)) as terminal:
+        terminal.wait_for("step 2/2000")
+        terminal.hang_up()
+        time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            terminal.program.send_signal(signal.SIGHUP)  # and so does the shell
+        assert terminal.program.wait(60) == 143
+    assert_saved_where_it_stopped()
 
 
 @pytest.mark.slow

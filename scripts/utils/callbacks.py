@@ -26,7 +26,6 @@ class Rhythm(TrainerCallback):
         trainer.restore_counters()
         trainer.begin_sharing()
         trainer.try_save()
-        trainer.run_state.saved_at = time.monotonic()
 
         def ask_to_stop(number: int, frame: object) -> None:
             # a launcher and the terminal each tell every rank
@@ -58,8 +57,7 @@ class Rhythm(TrainerCallback):
         control.should_evaluate = bool(trainer.val) and trainer.schedule.is_due(
             step, train.eval_strategy, train.eval_steps
         )
-        overdue = trainer.run_state.overdue if ranks.world_size() > 1 else trainer.is_overdue()
-        control.should_save = trainer.saves_at(step) or overdue
+        control.should_save = trainer.saves_at(step) or trainer.run_state.overdue
         if trainer.run_state.stop_signal is not None:
             control.should_save = control.should_training_stop = True
 

@@ -125,7 +125,6 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
     def tell(message: str, hint: str, code: int, lost: bool = False) -> int:
         nonlocal told
         told = ranks.report(message, hint, code, lost=lost)
-        console.outlast_readers()  # the exit code counts, whether anyone is left to read or not
         if not told:
             console.error(message, hint)
         return code
@@ -146,6 +145,5 @@ def guard(name: str, start: Callable[[], int | None]) -> int:
     except MemoryError:
         code = tell("out of memory", "lower train.batch_size or render.max_length", MachineError.exit_code)
     if code and not told:
-        console.outlast_readers()
         console.exit_code(name, code)
     return code

@@ -56,11 +56,12 @@ def outlast_readers() -> None:
     _outlasts = True
 
 
-def _say(text: str, stream: TextIO, end: str = "\n") -> None:
+def _say(text: str, stream: TextIO, end: str = "\n", *, last: bool = False) -> None:
+    """``last`` words of a step never fail: its exit code says the same."""
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError as problem:
-        if not _outlasts or problem.errno not in (errno.EPIPE, errno.EIO):
+        if not (_outlasts or last) or problem.errno not in (errno.EPIPE, errno.EIO):
             raise
         # what libraries would write there must not fail either
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -84,14 +85,14 @@ def warn(text: str) -> None:
 
 
 def error(message: str, hint: str = "") -> None:
-    _say(f"{paint('error:', 'red', sys.stderr)} {message}", sys.stderr)
+    _say(f"{paint('error:', 'red', sys.stderr)} {message}", sys.stderr, last=True)
     if hint:
-        _say(f"{paint('hint:', 'yellow', sys.stderr)} {hint}", sys.stderr)
+        _say(f"{paint('hint:', 'yellow', sys.stderr)} {hint}", sys.stderr, last=True)
 
 
 def exit_code(name: str, code: int) -> None:
     """The last line of a step that failed: make turns any code into its own 2, so the real one is said here."""
-    _say(f"{name}: exit code {code}", sys.stderr)
+    _say(f"{name}: exit code {code}", sys.stderr, last=True)
 
 
 def result(text: str = "") -> None:

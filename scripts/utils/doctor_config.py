@@ -50,9 +50,9 @@ def named_files(config: "Config") -> Iterator[Finding]:
 
 def tracking(config: "Config") -> Iterator[Finding]:
     """Trackers that are asked for and cannot be had; TensorBoard is among the packages, which have lines of their own."""
-    for name in config.tracking.report_to:
+    for name in [name for name in config.tracking.report_to if name != "tensorboard"]:
         try:
-            trackers.check_installed([name] if name != "tensorboard" else [])
+            trackers.check_installed([name])
         except MachineError as problem:
             yield from_problem("trackers", "tracker-missing", problem)
 

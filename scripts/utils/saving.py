@@ -37,7 +37,7 @@ class RunState:
     skipped_since: int = 0
     skipped_total: int = 0
     saved_at: float = field(default_factory=time.monotonic)
-    overdue: bool = False  # several ranks: the first one's clock says that it is time for a checkpoint
+    overdue: bool = False  # it is time for a checkpoint in between: with several ranks by the first one's clock
 
 
 class SavingTrainer(Trainer):

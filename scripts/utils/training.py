@@ -110,6 +110,7 @@ class SFTTrainer(SavingTrainer):
                 torch.cuda.empty_cache()
         self._count(tokens)
         self.run_state.steps_since += 1
+        self.run_state.overdue = self.is_overdue()
         if ranks.world_size() > 1 and not self.sharded:
             sharding.reduce_gradients(self.model_wrapped)
         finite = all_finite([total, *self._gradients()])  # the step's one wait for the device
@@ -165,7 +166,7 @@ class SFTTrainer(SavingTrainer):
     def _agree(self, total: torch.Tensor, finite: bool) -> tuple[torch.Tensor, bool]:
         """The step's loss over all ranks, and whether all is finite on all; they settle what all of them do alike."""
         state = self.run_state
-        found = ranks.gather([float(total), finite, state.divisor, state.asked_signal or 0, self.is_overdue()])
+        found = ranks.gather([float(total), finite, state.divisor, state.asked_signal or 0, state.overdue])
         losses, finites, divisors, signals, overdue = zip(*found, strict=True)
         state.overdue = bool(overdue[0])
         if max(divisors) > state.divisor:

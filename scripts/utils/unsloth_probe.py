@@ -118,12 +118,10 @@ def version(package: str) -> str | None:
 
 def _ask(question: dict[str, Any], seconds: float) -> tuple[Verdict, str]:
     """Run the child to its end; the verdict, and the stage that it came to."""
-    with tempfile.TemporaryDirectory(
-        prefix="sft-probe-"
-    ) as folder:  # Unsloth writes its compiled code into the current one
-        ended = trial.finish(
-            trial.start("scripts.utils.unsloth_child", question=question, folder=Path(folder)), seconds
-        )
+    # a folder of its own: Unsloth writes its compiled code into the current one
+    with tempfile.TemporaryDirectory(prefix="sft-probe-") as folder:
+        begun = trial.start("scripts.utils.unsloth_child", question=question, folder=Path(folder))
+        ended = trial.finish(begun, seconds)
     stage = ended.get("stage") or "start"
     if ended.said and "verdict" in ended.said[-1]:
         return Verdict(**ended.said[-1]["verdict"]), stage
